@@ -1,0 +1,288 @@
+"""Curve: a schedule placed on a horizon, evaluated at one position or at a million."""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mupace.errors import ConfigError
+from mupace.schedules.phases import Phase, Sample, Schedule
+from mupace.schedules.shapes import find_shape
+from mupace.units import Array, Clock, Horizon, Span, Unit
+
+OFFSET: dict[Sample, float] = {"start": 0.0, "midpoint": 0.5, "end": 1.0}
+_SNAP = 1e-9  # relative: boundaries this close to a whole position are that position (0.07 · 300 is 21)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A phase with its place: axis position `x`, length travelled `stop` of a nominal `n`, values `a` to `b`."""
+
+    phase: Phase
+    x: float
+    stop: float
+    n: float
+    a: float
+    b: float
+    args: dict[str, Any]
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the phase's values do not depend on its length (hold, inv_sqrt, step …)."""
+        return find_shape(self.phase.shape).own_end and self.phase.shape != "table"
+
+    def value(self, t: Any) -> Any:
+        """The value `t` axis units into the phase."""
+        return find_shape(self.phase.shape).value(t, self.n, self.a, self.b, **self.args)
+
+
+class Curve:
+    """A schedule on a horizon: position -> factor of the peak. A pure value; calling it changes nothing.
+
+        curve(x) = value of the phase that contains x;  curve(0) = start;  curve(x >= total) = the last end value
+
+    Args:
+        schedule: the phases.
+        horizon: the length of the run and its units. The curve runs on the horizon's axis (its total's unit).
+        floor: if given, the part after the peak is mapped v -> r + (1 − r)·(v − f)/(1 − f), f being the final value:
+            the same curve, landing on `floor` = r (a fraction of the peak) instead.
+
+    >>> curve = Curve(Schedule.parse("warmup 10% | hold 60% | linear 30% -> 0"), Horizon(total="100 steps"))
+    >>> curve(0), curve(5), curve(50), curve(85), curve(1000)
+    (0.0, 0.5, 1.0, 0.5, 0.0)
+    >>> curve(np.array([0, 5, 50]))
+    array([0. , 0.5, 1. ])
+    """
+
+    def __init__(self, schedule: Schedule, horizon: Horizon, floor: float | None = None) -> None:
+        self.schedule = schedule
+        self.horizon = horizon
+        self.pieces = _place(schedule, horizon)
+        self._starts = [p.x for p in self.pieces]
+        last = self.pieces[-1]
+        self._end = last.x + last.stop
+        self.final = float(last.b if last.stop == last.n else last.value(last.stop))
+        self.floor = _checked_floor(floor)
+        self._peak_at = self._first_peak() if floor is not None else 0.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates until the end of the horizon, rounded up.
+
+        Raises:
+            ConfigError: the horizon is in another unit and has no rate to convert it.
+        """
+        if self.horizon.steps is None:
+            h = self.horizon
+            raise ConfigError(f"total={str(h.total)!r} has no number of steps without {h.total.unit}s per step")
+        return self.horizon.steps
+
+    @property
+    def sample(self) -> Sample:
+        return self.schedule.sample
+
+    @overload
+    def __call__(self, x: float | Clock, unit: Unit = "step") -> float: ...
+    @overload
+    def __call__(self, x: ArrayLike, unit: Unit = "step") -> Any: ...
+    def __call__(self, x: Any, unit: Unit = "step") -> Any:
+        """The factor at position `x`.
+
+        Args:
+            x: a position in `unit` counted from 0, a `Clock`, or an array of positions.
+            unit: the unit of `x`: step (default), token, sample, epoch, second or fraction.
+
+        Raises:
+            ConfigError: a position before 0, or a unit that the horizon cannot convert.
+        """
+        if isinstance(x, Clock):
+            x, unit = getattr(x, self.horizon.axis), self.horizon.axis
+        if isinstance(x, (int, float)):
+            return self._scalar(float(self.horizon.position(x, unit)))
+        positions = np.asarray(self.horizon.position(np.asarray(x, dtype=np.float64), unit))
+        return self._vector(positions.reshape(-1)).reshape(positions.shape)
+
+    def updates(self, start: int = 0, stop: int | None = None) -> Array:
+        """The factors that updates start, start + 1, … stop − 1 are given (see `Schedule.sample`), shape (stop − start,)."""
+        stop = self.steps if stop is None else stop
+        found: Array = self(np.arange(start, stop, dtype=np.float64) + OFFSET[self.sample])
+        return found
+
+    def _scalar(self, x: float) -> float:
+        if not x >= 0:
+            raise ConfigError(f"position {x}: legal is 0 or more")
+        if x >= self._end:
+            value = self.final
+        else:
+            piece = self.pieces[bisect_right(self._starts, x) - 1]
+            value = float(piece.value(x - piece.x))
+        return value if self.floor is None or x < self._peak_at else float(self._floored(value))
+
+    def _vector(self, x: Array) -> Array:
+        if x.size and not x.min() >= 0:
+            raise ConfigError(f"position {x.min()}: legal is 0 or more")
+        if np.any(x[1:] < x[:-1]):
+            order = np.argsort(x, kind="stable")
+            out = np.empty_like(x)
+            out[order] = self._sorted(x[order])
+            return out
+        return self._sorted(x)
+
+    def _sorted(self, x: Array) -> Array:
+        """The values at ascending positions: one slice per phase, the held end value after the last."""
+        out = np.full_like(x, self.final)
+        cuts = np.searchsorted(x, [*self._starts, self._end]).tolist()
+        for piece, i, j in zip(self.pieces, cuts, cuts[1:], strict=False):
+            if i < j:
+                out[i:j] = piece.value(x[i:j] - piece.x)
+        if self.floor is not None:
+            after = int(np.searchsorted(x, self._peak_at))
+            out[after:] = self._floored(out[after:])
+        return out
+
+    def _floored(self, value: Any) -> Any:
+        assert self.floor is not None
+        return self.floor + (1.0 - self.floor) * ((value - self.final) / (1.0 - self.final))
+
+    def _first_peak(self) -> float:
+        """Where the curve first stands at 1; a floor maps only what comes after."""
+        if self.final == 1.0:
+            return float("inf")  # it never comes down: there is nothing to map
+        if self.schedule.start == 1.0:
+            return 0.0
+        peaks = [p.x + p.n for p in self.pieces if p.b == 1.0 and p.stop == p.n]
+        return min(peaks, default=float("inf"))
+
+    def floored(self, floor: float) -> Curve:
+        """The same curve landing on `floor` (a fraction of the peak, 0 to 1)."""
+        return Curve(self.schedule, self.horizon, floor)
+
+    def edges(self) -> list[tuple[float, str, float]]:
+        """(position in steps, phase, value) at every phase's begin, and the end."""
+        names = [p.phase.shape for p in self.pieces]
+        names[0] = "warmup" if self.warmup_end is not None else names[0]
+        rows = [(self._step(p.x), name, self._scalar(p.x)) for p, name in zip(self.pieces, names, strict=True)]
+        return [*rows, (self._step(self._end), "end", self._scalar(self._end))]
+
+    @property
+    def warmup_end(self) -> float | None:
+        """The axis position at which a first rising phase ends; None without one."""
+        first = self.pieces[0]
+        return first.x + first.stop if first.b > first.a else None
+
+    def _step(self, x: float) -> float:
+        return float(self.horizon.to_steps(x, self.horizon.axis)) if self.horizon.steps is not None else x
+
+    def table(self, n: int = 20, peak: float | None = None) -> str:
+        """The curve as a text table: about `n` evenly spaced positions and every phase edge."""
+        from mupace.schedules.table import table
+
+        return table(self, n, peak)
+
+    def plot(self, path: str | os.PathLike[str], *, title: str | None = None, peak: float | None = None) -> None:
+        """Draw the curve to a PNG or SVG file (needs matplotlib: the `plot` extra)."""
+        from mupace.schedules.plot import plot_curves
+
+        plot_curves({str(self.schedule): self}, path, title=title, peaks=None if peak is None else {str(self.schedule): peak})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives an equal curve."""
+        out: dict[str, Any] = {"schedule": self.schedule.to_dict(), "horizon": self.horizon.to_dict()}
+        return out if self.floor is None else {**out, "floor": self.floor}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Curve:
+        return cls(Schedule.from_dict(state["schedule"]), Horizon.from_dict(state["horizon"]), state.get("floor"))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Curve) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    def __repr__(self) -> str:
+        return f"Curve({str(self.schedule)!r}, total={str(self.horizon.total)!r})"
+
+
+def _place(schedule: Schedule, horizon: Horizon) -> tuple[Piece, ...]:
+    """Lay the phases on the axis: forward to the phase without a length, backward from the end to it."""
+    begins, lengths = _layout(schedule, horizon)
+    pieces: list[Piece] = []
+    a = schedule.start
+    for phase, x, (n, stop) in zip(schedule.phases, begins, lengths, strict=True):
+        a = a if phase.begin is None else phase.begin
+        piece = _piece(phase, x, n, stop, a, horizon)
+        if stop > 0:
+            pieces.append(piece)
+        a = piece.b if stop == n else float(piece.value(stop))
+    if not pieces:
+        raise ConfigError(f"schedule {str(schedule)!r}: all its phases have length 0")
+    return tuple(pieces)
+
+
+def _layout(schedule: Schedule, horizon: Horizon) -> tuple[list[float], list[tuple[float, float]]]:
+    """Begin, and (nominal, travelled) length, of every phase in axis units."""
+    spans = [p.until or p.span for p in schedule.phases]
+    edges = [0.0]
+    for span in spans[: spans.index(None) if None in spans else len(spans)]:
+        assert span is not None
+        edges.append(_snap(horizon.advance(edges[-1], span)))
+    if None in spans:
+        tail = [horizon.length]
+        for span in reversed(spans[spans.index(None) + 1 :]):
+            assert span is not None
+            tail.insert(0, _snap(horizon.retreat(tail[0], span)))
+        _refuse_overrun(schedule, horizon, horizon.length + edges[-1] - tail[0])
+        edges += tail
+    _refuse_overrun(schedule, horizon, edges[-1])
+    travelled = np.diff(edges).tolist()
+    nominal = [
+        _snap(horizon.advance(x, p.span)) - x if p.until is not None and p.span is not None else n
+        for p, x, n in zip(schedule.phases, edges, travelled, strict=False)
+    ]
+    return edges[:-1], list(zip(nominal, travelled, strict=True))
+
+
+def _refuse_overrun(schedule: Schedule, horizon: Horizon, reach: float) -> None:
+    if reach > horizon.length * (1 + _SNAP):
+        axis = horizon.axis
+        raise ConfigError(
+            f"schedule {str(schedule)!r}: its phases take {reach:g} {axis}s, more than total={str(horizon.total)!r}"
+            + ("" if horizon.total.unit == axis else f" ({horizon.length:g} {axis}s)")
+        )
+
+
+def _piece(phase: Phase, x: float, n: float, stop: float, a: float, horizon: Horizon) -> Piece:
+    shape = find_shape(phase.shape)
+    args: dict[str, Any] = {k: _snap(horizon.advance(0.0, v)) if isinstance(v, Span) else v for k, v in phase.args}
+    if "scale" in shape.params and "scale" not in args:
+        if x <= 0:
+            raise ConfigError(f"{phase.shape}: at position 0 it needs scale=, such as '{phase.shape}(scale=4000 steps)'")
+        args["scale"] = x  # so that a warmup of T_w followed by inv_sqrt is Noam's √(T_w/t)
+    if phase.shape == "exp" and min(a, phase.end or 0.0) <= args.get("bias", 0.0):
+        raise ConfigError(
+            f"exp -> {phase.end:g}: it needs values above bias={args.get('bias', 0.0):g} at both ends, it begins at {a:g}"
+        )
+    if phase.shape == "table" and phase.begin is None:
+        a = args["values"][0]
+    piece = Piece(phase, x, stop, n, a, 0.0, args)
+    b = phase.end if phase.end is not None else float(piece.value(n)) if n > 0 else a
+    return Piece(phase, x, stop, n, a, b, args)
+
+
+def _snap(x: float) -> float:
+    whole = round(x)
+    return float(whole) if abs(x - whole) <= _SNAP * max(1.0, abs(x)) else x
+
+
+def _checked_floor(floor: float | None) -> float | None:
+    if floor is not None and not 0 <= floor <= 1:
+        raise ConfigError(f"floor={floor:g}: {'above the peak; ' if floor > 1 else ''}legal is a fraction of the peak, 0 to 1")
+    return floor

@@ -1,0 +1,149 @@
+"""Changing the horizon of a run: extend, cut, branch.
+
+Each takes a curve and the update `at` that is next, and gives a new curve that is *the same before `at`*; what comes
+after follows an explicit rule. Nothing jumps except under "stretch", whose name says so. The functions are pure;
+`Pacer.extend`, `cut` and `branch` apply them to a running job and log the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+from mupace.errors import ConfigError, one_of
+from mupace.schedules.curve import Curve, Piece
+from mupace.schedules.phases import Phase, Schedule
+from mupace.units import Span
+
+Rule: TypeAlias = Literal["hold", "redecay", "stretch"]
+RULES: tuple[Rule, ...] = ("hold", "redecay", "stretch")
+
+
+def retotal(curve: Curve, total: Span | str, at: int, rule: Rule) -> Curve:
+    """The curve with another end.
+
+    Args:
+        total: the new length of the whole run, counted from its start.
+        at: updates completed; the new total lies after them.
+        rule: "hold": the present stable phase goes on (or ends sooner) so that the last phase, at its old length,
+            ends at the new total (a WSD run); refused once the last phase has begun. "redecay": from where the curve
+            stands, the last phase's shape once more over all that is left (a cosine re-planned). "stretch": the
+            original text on the new total, as if it had been planned so: the value may jump at `at`.
+
+    Raises:
+        ConfigError: a total that lies before `at`, or a rule that cannot be followed from here.
+    """
+    if rule not in RULES:
+        raise one_of("rule", rule, RULES)
+    horizon = curve.horizon.replace_total(_on_axis(curve, total))
+    now = _here(curve, at)
+    if horizon.length <= now:
+        raise ConfigError(f"total={str(total)!r} lies before the present position ({now:g} {horizon.axis}s)")
+    if rule == "stretch":
+        return Curve(curve.schedule, horizon, curve.floor)
+    last = curve.pieces[-1]
+    if last.open_ended:
+        return _rebuilt(curve, _lengthened(curve, last, horizon.length, rule), horizon.total)
+    if rule == "redecay":
+        return _rebuilt(curve, [*_travelled(curve, curve.pieces, now), _again(curve, last, horizon.length - now)], horizon.total)
+    begin = horizon.length - last.n
+    _refuse_hold(curve, now, begin, last)
+    return _rebuilt(curve, [*_travelled(curve, curve.pieces[:-1], begin), _absolute(curve, last, last.n)], horizon.total)
+
+
+def branch(curve: Curve, at: int, length: Span | str, shape: str = "sqrt", end: float = 0.0, again: bool = False) -> Curve:
+    """Leave the trunk at update `at` for a cooldown of its own: the run ends `length` later.
+
+    Args:
+        length: of the cooldown, in any unit ("2000 steps", "20B tokens"; a fraction is of the trunk's total).
+        shape, end: of the cooldown.
+        again: allow a branch from a curve that is already decaying (WSD-S: Wen et al., arXiv 2410.05192).
+
+    Raises:
+        ConfigError: the trunk is already decaying and `again` is not set.
+    """
+    now = _here(curve, at)
+    peak = max(curve.schedule.start, *(p.b for p in curve.pieces if p.x + p.stop <= now), 0.0)
+    value = curve(now, curve.horizon.axis)
+    if value < peak and not again:
+        raise ConfigError(
+            f"branch at update {at}: the trunk is already decaying (factor {value:.4g} after {peak:.4g}); "
+            "branch from an earlier checkpoint, or say again=True"
+        )
+    stop = curve.horizon.advance(now, Span.parse(length, "length"))
+    phases = [*_travelled(curve, curve.pieces, now), Phase(shape=shape, span=_axis_span(curve, stop - now), end=end)]
+    return _rebuilt(curve, phases, _axis_span(curve, stop))
+
+
+def _here(curve: Curve, at: int) -> float:
+    if at < 0:
+        raise ConfigError(f"at={at}: legal is an update number, 0 or more")
+    return float(curve.horizon.position(at, "step"))
+
+
+def _on_axis(curve: Curve, total: Span | str) -> Span:
+    """A new total may be written in another unit; the axis stays, or the past would bend."""
+    given, h = Span.parse(total, "total"), curve.horizon
+    return given if given.unit in (h.axis, h.total.unit) else _axis_span(curve, float(h.position(given.value, given.unit)))
+
+
+def _axis_span(curve: Curve, length: float) -> Span:
+    whole = round(length)
+    return Span(whole if abs(length - whole) <= 1e-9 * max(1.0, length) else length, curve.horizon.axis)
+
+
+def _refuse_hold(curve: Curve, now: float, begin: float, last: Piece) -> None:
+    if now > last.x:
+        raise ConfigError("rule='hold': the last phase has begun; legal from here are 'redecay' and 'stretch'")
+    if begin < now:
+        raise ConfigError(
+            f"rule='hold': the last phase takes {last.n:g} {curve.horizon.axis}s, more than is left before the new total; "
+            "legal is rule='redecay'"
+        )
+
+
+def _lengthened(curve: Curve, last: Piece, length: float, rule: Rule) -> list[Phase]:
+    """A last phase that sets its own end goes on, or stops, where the new total says."""
+    if rule == "redecay":
+        raise ConfigError(f"rule='redecay': the last phase ({last.phase.shape}) has no end to decay to; legal is 'hold'")
+    kept = [p for p in curve.pieces[:-1] if p.x < length]
+    return [*_travelled(curve, kept, min(length, last.x)), *([_absolute(curve, last, length - last.x)] if length > last.x else [])]
+
+
+def _travelled(curve: Curve, pieces: Sequence[Piece], until: float) -> list[Phase]:
+    """The phases up to axis position `until` in absolute lengths: the one under way is cut there, a gap is held."""
+    here = [p for p in pieces if p.x < until]
+    phases = [_absolute(curve, p, min(p.stop, until - p.x)) for p in here]
+    gap = until - (here[-1].x + here[-1].stop) if here else until
+    if gap <= 0:
+        return phases
+    if here and here[-1].phase.shape == "hold":
+        return [*phases[:-1], _absolute(curve, here[-1], here[-1].stop + gap)]
+    return [*phases, Phase(shape="hold", span=_axis_span(curve, gap))]
+
+
+def _absolute(curve: Curve, piece: Piece, stop: float) -> Phase:
+    """A placed phase with all lengths in axis units, travelled for `stop` of them."""
+    args = tuple((k, _axis_span(curve, piece.args[k]) if isinstance(v, Span) else v) for k, v in piece.phase.args)
+    if "scale" in piece.args and "scale" not in dict(args):
+        args = (*args, ("scale", _axis_span(curve, piece.args["scale"])))
+    whole = piece.open_ended or stop == piece.n
+    return Phase(
+        shape=piece.phase.shape,
+        span=_axis_span(curve, stop if whole else piece.n),
+        until=None if whole else _axis_span(curve, stop),
+        end=piece.phase.end,
+        begin=piece.phase.begin,
+        args=args,
+    )
+
+
+def _again(curve: Curve, last: Piece, n: float) -> Phase:
+    """The last phase's shape once more, over `n` axis units."""
+    phase = _absolute(curve, last, last.n)
+    return Phase(shape=phase.shape, span=_axis_span(curve, n), end=phase.end, args=phase.args)
+
+
+def _rebuilt(curve: Curve, phases: list[Phase], total: Span) -> Curve:
+    schedule = Schedule(phases=tuple(phases), start=curve.schedule.start, sample=curve.sample)
+    return Curve(schedule, curve.horizon.replace_total(total), curve.floor)
