@@ -138,9 +138,7 @@ class Record:
     def _open(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o644
-            )
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o644)
         except OSError as error:
             raise StateError(f"record {self.path} cannot be opened: {error.strerror}") from error
 
@@ -437,9 +435,7 @@ class Sinks:
     def _drop(self, sink: Sink, error: Exception) -> None:
         self._sinks.remove(sink)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(
-            f"sink {type(sink).__name__} failed and was dropped: {reason}", MupaceWarning, stacklevel=4
-        )
+        warnings.warn(f"sink {type(sink).__name__} failed and was dropped: {reason}", MupaceWarning, stacklevel=4)
 
 
 class TensorBoardSink:

@@ -12,11 +12,13 @@ in one pass over it. Counts are Python integers (a float32 counter loses tokens 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -113,7 +115,7 @@ def _plain(number: Decimal) -> float:
 
 def _short(value: float) -> str:
     """1500000000 -> 1.5B where that is exact and short, else the number in full."""
-    for suffix, power in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+    for suffix, power in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
         scaled = value / power
         if value >= power and scaled == round(scaled, 2) and Decimal(repr(scaled)) * power == Decimal(repr(value)):
             return f"{scaled:g}{suffix}"
@@ -136,7 +138,10 @@ class Clock:
     def plus(self, *, step: int = 1, token: int = 0, sample: int = 0, second: float = 0.0) -> Clock:
         """The position after `step` more updates that consumed this much."""
         return Clock(
-            step=self.step + step, token=self.token + token, sample=self.sample + sample, second=self.second + second
+            step=self.step + step,
+            token=self.token + token,
+            sample=self.sample + sample,
+            second=self.second + second,
         )
 
     def to_dict(self) -> dict[str, float]:
@@ -172,8 +177,8 @@ class Horizon:
         ConfigError: numbers that contradict each other, or a conversion for which a number is missing.
 
     >>> h = Horizon(total="1.2B tokens", tokens_per_step=524_288)
-    >>> h.steps, h.axis, round(h.to_steps(6e8, "token"), 3)
-    (2289, 'token', 1144.409)
+    >>> h.steps, h.axis, h.convert("600M tokens", "step")
+    (2289, 'token', 1144.4091796875)
     """
 
     total: Span
@@ -189,7 +194,7 @@ class Horizon:
     _table: _Table = field(init=False, compare=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_ = partial(object.__setattr__, self)
         set_("total", Span.parse(self.total, "total"))
         for name in ("tokens_per_step", "samples_per_step"):
             set_(name, _ramp(name, getattr(self, name)))
@@ -197,7 +202,9 @@ class Horizon:
             _positive(name, getattr(self, name), whole=name != "seconds_per_step")
         self._derive(set_)
         if self.total.unit == "fraction" or self.total.value == 0:
-            raise ConfigError(f"total={str(self.total)!r}: legal is a positive length such as '2000 steps' or '1.2B tokens'")
+            raise ConfigError(
+                f"total={str(self.total)!r}: legal is a positive length such as '2000 steps' or '1.2B tokens'"
+            )
         set_("_table", self._layout())
         set_("axis", "step" if self.total.unit == "epoch" else self.total.unit)
         set_("length", float(self._axis_length()))
@@ -210,18 +217,20 @@ class Horizon:
             derived = _scaled(samples, seq)
             if tokens is not None and tokens != derived:
                 raise ConfigError(
-                    f"tokens_per_step={tokens} contradicts samples_per_step={samples} · tokens_per_sample={seq} = {derived}"
+                    f"tokens_per_step={tokens} contradicts samples_per_step={samples} · tokens_per_sample={seq}"
                 )
             set_("tokens_per_step", derived)
         elif seq is not None and isinstance(tokens, int):
             if tokens % seq:
-                raise ConfigError(f"tokens_per_step={tokens} is not a whole number of samples of tokens_per_sample={seq}")
+                raise ConfigError(
+                    f"tokens_per_step={tokens} is not a whole number of samples of tokens_per_sample={seq}"
+                )
             set_("samples_per_step", tokens // seq)
         if self.samples_per_epoch is not None and isinstance(self.samples_per_step, int):
             derived = math.ceil(self.samples_per_epoch / self.samples_per_step)
             if self.steps_per_epoch not in (None, derived):
                 raise ConfigError(
-                    f"steps_per_epoch={self.steps_per_epoch} contradicts ceil(samples_per_epoch / samples_per_step) = {derived}"
+                    f"steps_per_epoch={self.steps_per_epoch} contradicts ceil(samples_per_epoch/samples_per_step)={derived}"
                 )
             set_("steps_per_epoch", derived)
 
@@ -322,9 +331,12 @@ class Horizon:
 
     def clock(self, step: int) -> Clock:
         """The planned position after `step` updates; units without a rate stay 0."""
-        at = {u: float(self.from_steps(step, u)) for u in ("token", "sample", "second") if u in self._table}  # type: ignore[arg-type]
+        at = {u: float(self.from_steps(step, u)) for u in ("token", "sample", "second") if u in self._table}
         return Clock(
-            step=step, token=round(at.get("token", 0)), sample=round(at.get("sample", 0)), second=at.get("second", 0.0)
+            step=step,
+            token=round(at.get("token", 0)),
+            sample=round(at.get("sample", 0)),
+            second=at.get("second", 0.0),
         )
 
     def convert(self, span: Span | str, unit: Unit) -> float:
@@ -355,7 +367,10 @@ class Horizon:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Horizon:
-        return cls(**{k: tuple((Span.parse(a), r) for a, r in v) if isinstance(v, list) else v for k, v in state.items()})
+        rates: dict[str, Any] = {
+            k: tuple((Span.parse(a), r) for a, r in v) if isinstance(v, list) else v for k, v in state.items()
+        }
+        return cls(**rates)
 
 
 def batch_tokens(*, micro: int, accumulate: int, workers: int, seq_len: int) -> tuple[int, int]:
@@ -364,7 +379,12 @@ def batch_tokens(*, micro: int, accumulate: int, workers: int, seq_len: int) -> 
     >>> batch_tokens(micro=4, accumulate=8, workers=2, seq_len=1024)
     (64, 65536)
     """
-    for name, value in (("micro", micro), ("accumulate", accumulate), ("workers", workers), ("seq_len", seq_len)):
+    for name, value in (
+        ("micro", micro),
+        ("accumulate", accumulate),
+        ("workers", workers),
+        ("seq_len", seq_len),
+    ):
         _positive(name, value)
     samples = micro * accumulate * workers
     return samples, samples * seq_len
@@ -391,7 +411,7 @@ def _ramp(name: str, given: Any) -> int | Ramp | None:
     if not pairs or pairs[0][0].value != 0:
         raise ConfigError(f"{name}: the first pair starts at 0, such as ('0 tokens', 131072)")
     starts = [at.value for at, _ in pairs]
-    if len({at.unit for at, _ in pairs}) > 1 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+    if len({at.unit for at, _ in pairs}) > 1 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ConfigError(f"{name}: the pairs start in one unit, each later than the one before")
     return pairs[0][1] if len(pairs) == 1 else pairs
 
@@ -407,7 +427,7 @@ def _shown(batch: int | Ramp | None) -> str:
 def _start_steps(ramp: Ramp, unit: Unit, per_sample: int | None) -> list[int]:
     """The update at which each batch size takes over: the first one at or after the written position."""
     steps, done = [0], 0.0
-    for (_, rate), (at, _) in zip(ramp, ramp[1:], strict=False):
+    for (_, rate), (at, _) in itertools.pairwise(ramp):
         if at.unit == "step":
             n = math.ceil(at.value) - steps[-1]
         else:

@@ -1,8 +1,8 @@
 """Roles: what a tensor is for. Tables first, then the short functions that read them.
 
 A role comes from the type of the module that owns the tensor (its class name, its base classes, or the
-attributes that its kind of module always has). Where the type says only "a matrix" or "an embedding", the names
-along the path break the tie. What neither says stays unknown: nothing is guessed.
+attributes that its kind of module always has). Where the type says only "a matrix" or "an embedding", the
+names along the path break the tie. What neither says stays unknown: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ normalisation, a layer scale, a temperature; `linear` is a matrix of which no mo
 UNKNOWN = "unknown"
 """The role of a frozen tensor that fits nothing; a trainable one is an error."""
 
-_MATRIX = {"weight": "linear", "weight_v": "linear", "weight_orig": "linear", "weight_g": "norm", "bias*": "bias"}
-_CONV = {attribute: "conv" if role == "linear" else role for attribute, role in _MATRIX.items()}
+_NORMALISED = {"weight_g": "norm", "bias*": "bias"}  # weight normalisation keeps a gain g and a direction v
+_MATRIX = {**dict.fromkeys(("weight", "weight_v", "weight_orig"), "linear"), **_NORMALISED}
+_CONV = {**dict.fromkeys(("weight", "weight_v", "weight_orig"), "conv"), **_NORMALISED}
 _GAIN = {"bias": "bias", "beta": "bias", "*": "norm"}
 _TABLE = {"weight": "embedding"}
 _CELL = {"weight_*": "recurrent", "bias*": "bias"}
@@ -84,7 +85,8 @@ _DUCKS: tuple[tuple[tuple[str, ...], str], ...] = (
 """Attributes that give a module's kind away when its class name does not."""
 
 _ATTENTION_WORDS: dict[str, str] = {
-    **dict.fromkeys(("q_proj", "wq", "to_q", "q_lin", "query_proj", "q_a_proj", "q_b_proj", "q_attn"), "attention_q"),
+    **dict.fromkeys(("q_proj", "wq", "to_q", "q_lin", "query_proj", "q_attn"), "attention_q"),
+    **dict.fromkeys(("q_a_proj", "q_b_proj"), "attention_q"),
     **dict.fromkeys(("k_proj", "wk", "to_k", "k_lin", "key_proj"), "attention_k"),
     **dict.fromkeys(("v_proj", "wv", "to_v", "v_lin", "value_proj"), "attention_v"),
     **dict.fromkeys(("qkv", "qkv_proj", "wqkv", "to_qkv", "query_key_value", "c_attn"), "attention_qkv"),
@@ -99,7 +101,8 @@ _INSIDE_ATTENTION: dict[str, str] = {
     **dict.fromkeys(("k", "key", "linear_k"), "attention_k"),
     **dict.fromkeys(("v", "value", "linear_v"), "attention_v"),
     **dict.fromkeys(("in_proj", "kv"), "attention_qkv"),
-    **dict.fromkeys(("o", "wo", "out", "output", "out_proj", "to_out", "c_proj", "proj", "dense"), "attention_o"),
+    **dict.fromkeys(("o", "wo", "out", "output", "out_proj", "to_out"), "attention_o"),
+    **dict.fromkeys(("c_proj", "proj", "dense"), "attention_o"),
 }
 """Names that mean a part of attention only under a module that is attention."""
 
@@ -110,9 +113,7 @@ _FFN_WORDS = re.compile(
 """Names that mean a feed-forward matrix inside a block and outside attention."""
 
 _IS_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_IS_FFN = re.compile(
-    r"(^|_)(mlp|ffn|ff|feed_?forward|moe|experts?|intermediate|dense\w*dense)(_|$)", re.IGNORECASE
-)
+_IS_FFN = re.compile(r"(^|_)(mlp|ffn|ff|feed_?forward|moe|experts?|intermediate|dense\w*dense)(_|$)", re.IGNORECASE)
 _IS_FFN_CLASS = re.compile(r"(MLP|Mlp|FFN?|FeedForward|Experts?|MoE|Moe\w*|MoeBlock|Intermediate)$")
 _IS_HEAD = re.compile(
     r"(\w+_)?(head|classifier|logits|readout)|unembed(ding)?|score|qa_outputs|embed_out|proj_out"
@@ -176,7 +177,7 @@ def register_module(class_name: str, attributes: Mapping[str, str]) -> None:
     >>> register_module("MyGatedUnit", {"w_gate": "ffn", "w_value": "ffn", "b": "bias"})
     """
     if not attributes:
-        raise ConfigError(f"register_module({class_name!r}, {{}}): name at least one parameter, {{'weight': 'linear'}}")
+        raise ConfigError(f"attributes={{}} of {class_name!r} is empty: legal is {{'weight': 'linear'}} or more")
     for role in attributes.values():
         if role not in ROLES:
             raise one_of("role", role, ROLES)

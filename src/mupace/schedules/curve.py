@@ -190,7 +190,12 @@ class Curve:
         """Draw the curve to a PNG or SVG file (needs matplotlib: the `plot` extra)."""
         from mupace.schedules.plot import plot_curves
 
-        plot_curves({str(self.schedule): self}, path, title=title, peaks=None if peak is None else {str(self.schedule): peak})
+        plot_curves(
+            {str(self.schedule): self},
+            path,
+            title=title,
+            peaks=None if peak is None else {str(self.schedule): peak},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives an equal curve."""
@@ -264,7 +269,9 @@ def _piece(phase: Phase, x: float, n: float, stop: float, a: float, horizon: Hor
     args: dict[str, Any] = {k: _snap(horizon.advance(0.0, v)) if isinstance(v, Span) else v for k, v in phase.args}
     if "scale" in shape.params and "scale" not in args:
         if x <= 0:
-            raise ConfigError(f"{phase.shape}: at position 0 it needs scale=, such as '{phase.shape}(scale=4000 steps)'")
+            raise ConfigError(
+                f"{phase.shape}: at position 0 it needs scale=, such as '{phase.shape}(scale=4000 steps)'"
+            )
         args["scale"] = x  # so that a warmup of T_w followed by inv_sqrt is Noam's √(T_w/t)
     if phase.shape == "exp" and min(a, phase.end or 0.0) <= args.get("bias", 0.0):
         raise ConfigError(
@@ -284,5 +291,7 @@ def _snap(x: float) -> float:
 
 def _checked_floor(floor: float | None) -> float | None:
     if floor is not None and not 0 <= floor <= 1:
-        raise ConfigError(f"floor={floor:g}: {'above the peak; ' if floor > 1 else ''}legal is a fraction of the peak, 0 to 1")
+        raise ConfigError(
+            f"floor={floor:g}: {'above the peak; ' if floor > 1 else ''}legal is a fraction of the peak, 0 to 1"
+        )
     return floor

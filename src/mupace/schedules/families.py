@@ -99,7 +99,11 @@ def wsd(warmup: Length = "1%", decay: Span | str = "20%", shape: str = "sqrt", f
 
 
 def one_cycle(
-    up: Span | str = "30%", start: float = 1 / 25, floor: float = 1 / 25e4, momentum: float = 0.85 / 0.95, shape: str = "cosine"
+    up: Span | str = "30%",
+    start: float = 1 / 25,
+    floor: float = 1 / 25e4,
+    momentum: float = 0.85 / 0.95,
+    shape: str = "cosine",
 ) -> tuple[Schedule, Schedule]:
     """One cycle, and the inverse cycle of the momentum: (learning rate, momentum), both as factors of their maximum.
 
@@ -141,7 +145,10 @@ def restarts(cycles: int, floor: float = 0.0, warmup: Length = None, growth: flo
 
 
 def windows(
-    rates: Iterable[tuple[Span | str, Span | str]], bias: float = 0.0, warmup: Length = "5%", hold: Length = "10%"
+    rates: Iterable[tuple[Span | str, Span | str]],
+    bias: float = 0.0,
+    warmup: Length = "5%",
+    hold: Length = "10%",
 ) -> Schedule:
     """Windows of exponential decay joined continuously: η = (η_w − b)·exp(−Δt/τ_w) + b, then a constant hold.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from mupace.errors import ConfigError, one_of
@@ -45,7 +46,7 @@ class Phase:
     args: tuple[tuple[str, Arg], ...] = ()
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put = partial(object.__setattr__, self)
         known = find_shape(self.shape)
         if self.shape == "warmup" and self.end is None:
             put("end", 1.0)
@@ -74,7 +75,9 @@ class Phase:
             if getattr(self, name) is not None:
                 out[name] = getattr(self, name)
         if self.args:
-            out["args"] = {k: str(v) if isinstance(v, Span) else list(v) if isinstance(v, tuple) else v for k, v in self.args}
+            out["args"] = {
+                k: str(v) if isinstance(v, Span) else list(v) if isinstance(v, tuple) else v for k, v in self.args
+            }
         return out
 
     @classmethod
@@ -113,7 +116,9 @@ class Schedule:
         if self.sample not in SAMPLES:
             raise one_of("sample", self.sample, SAMPLES)
         if sum(p.span is None for p in phases) > 1:
-            raise ConfigError(f"schedule {' | '.join(p.shape for p in phases)!r}: only one phase may leave out its length")
+            raise ConfigError(
+                f"schedule {' | '.join(p.shape for p in phases)!r}: only one phase may leave out its length"
+            )
         start = self.start if self.start is not None else phases[0].begin
         start = self.default_start(phases[0]) if start is None else start
         object.__setattr__(self, "start", _factor("schedule", "start", start))

@@ -84,9 +84,7 @@ def plot_curves(
     _save(figure, target)
 
 
-def _checked(
-    curves: Mapping[str, CurveLike], path: str | os.PathLike[str], peaks: Mapping[str, float] | None
-) -> Path:
+def _checked(curves: Mapping[str, CurveLike], path: str | os.PathLike[str], peaks: Mapping[str, float] | None) -> Path:
     target = Path(path)
     if target.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"path={str(path)!r} has suffix {target.suffix!r}: legal are {', '.join(SUFFIXES)}")
@@ -107,14 +105,10 @@ def _new_figure() -> Any:
 
 
 def _evaluate(curves: Mapping[str, CurveLike]) -> list[_Line]:
-    lines = [
-        _line(label, curve, _COLOURS[i % len(_COLOURS)]) for i, (label, curve) in enumerate(curves.items())
-    ]
+    lines = [_line(label, curve, _COLOURS[i % len(_COLOURS)]) for i, (label, curve) in enumerate(curves.items())]
     if len({line.unit for line in lines}) > 1:
         units = ", ".join(f"{line.label!r} in {line.unit}s" for line in lines)
-        raise ConfigError(
-            f"curves are in different units ({units}): give each the tokens or samples per step"
-        )
+        raise ConfigError(f"curves are in different units ({units}): give each the tokens or samples per step")
     return lines
 
 
@@ -184,9 +178,7 @@ def rate(value: float) -> str:
 
 def _draw(axes: Any, lines: list[_Line]) -> None:
     for line in lines:
-        axes.plot(
-            line.x, line.y, color=line.colour, linewidth=1.9, solid_joinstyle="round", clip_on=False, zorder=3
-        )
+        axes.plot(line.x, line.y, color=line.colour, linewidth=1.9, solid_joinstyle="round", clip_on=False, zorder=3)
 
 
 def _mark_warmups(axes: Any, lines: list[_Line]) -> None:
@@ -200,9 +192,7 @@ def _mark_warmups(axes: Any, lines: list[_Line]) -> None:
         axes.axvline(x, color=colour, linewidth=0.9, linestyle=(0, (1, 2.2)), zorder=2)
         text = f"warmup ends at {x:,.10g}"
         place = {"xy": (x, 0), "xycoords": ("data", "axes fraction"), "xytext": (5, 6 + 13 * level)}
-        axes.annotate(
-            text, **place, textcoords="offset points", fontsize=8.5, color=colour, zorder=5, **_halo()
-        )
+        axes.annotate(text, **place, textcoords="offset points", fontsize=8.5, color=colour, zorder=5, **_halo())
 
 
 def _mark_ends(axes: Any, lines: list[_Line]) -> None:
@@ -240,7 +230,6 @@ def _label(axes: Any, lines: list[_Line], names: list[str]) -> None:
         style = {
             "fontsize": 10,
             "color": line.colour,
-            "fontweight": "medium",
             "zorder": 5,
             "parse_math": False,
         }
@@ -251,10 +240,7 @@ def _places(axes: Any, lines: list[_Line], names: list[str]) -> list[tuple[float
     """The centre of each name in axes fractions: near its own line, clear of every line and other name."""
     right, (low, high) = axes.get_xlim()[1], axes.get_ylim()
     at = np.linspace(0, 1, 401)
-    ys = [
-        np.interp(at * right, line.x, (line.y - low) / (high - low), left=np.nan, right=np.nan)
-        for line in lines
-    ]
+    ys = [np.interp(at * right, line.x, (line.y - low) / (high - low), left=np.nan, right=np.nan) for line in lines]
     taken: list[tuple[float, float, float]] = []
     for own, name in zip(ys, names, strict=True):
         place = _clear_place(at, own, ys, taken, width=0.0128 * len(name) + 0.02)
@@ -299,9 +285,7 @@ def _steep_place(
             for x in (crossing + width / 2 + 0.012, crossing - width / 2 - 0.012):
                 span = (at >= x - width / 2) & (at <= x + width / 2)
                 inside = abs(x - 0.5) + width / 2 < 0.49
-                clear = min(
-                    [_gap(other[span], y) for other in every] + [_apart(x, y, width, box) for box in taken]
-                )
+                clear = min([_gap(other[span], y) for other in every] + [_apart(x, y, width, box) for box in taken])
                 if inside and clear > best:
                     best, found = clear, (float(x), float(y), width)
     return found

@@ -45,13 +45,21 @@ def retotal(curve: Curve, total: Span | str, at: int, rule: Rule) -> Curve:
     if last.open_ended:
         return _rebuilt(curve, _lengthened(curve, last, horizon.length, rule), horizon.total)
     if rule == "redecay":
-        return _rebuilt(curve, [*_travelled(curve, curve.pieces, now), _again(curve, last, horizon.length - now)], horizon.total)
+        return _rebuilt(
+            curve,
+            [*_travelled(curve, curve.pieces, now), _again(curve, last, horizon.length - now)],
+            horizon.total,
+        )
     begin = horizon.length - last.n
     _refuse_hold(curve, now, begin, last)
-    return _rebuilt(curve, [*_travelled(curve, curve.pieces[:-1], begin), _absolute(curve, last, last.n)], horizon.total)
+    return _rebuilt(
+        curve, [*_travelled(curve, curve.pieces[:-1], begin), _absolute(curve, last, last.n)], horizon.total
+    )
 
 
-def branch(curve: Curve, at: int, length: Span | str, shape: str = "sqrt", end: float = 0.0, again: bool = False) -> Curve:
+def branch(
+    curve: Curve, at: int, length: Span | str, shape: str = "sqrt", end: float = 0.0, again: bool = False
+) -> Curve:
     """Leave the trunk at update `at` for a cooldown of its own: the run ends `length` later.
 
     Args:
@@ -71,7 +79,10 @@ def branch(curve: Curve, at: int, length: Span | str, shape: str = "sqrt", end: 
             "branch from an earlier checkpoint, or say again=True"
         )
     stop = curve.horizon.advance(now, Span.parse(length, "length"))
-    phases = [*_travelled(curve, curve.pieces, now), Phase(shape=shape, span=_axis_span(curve, stop - now), end=end)]
+    phases = [
+        *_travelled(curve, curve.pieces, now),
+        Phase(shape=shape, span=_axis_span(curve, stop - now), end=end),
+    ]
     return _rebuilt(curve, phases, _axis_span(curve, stop))
 
 
@@ -84,7 +95,9 @@ def _here(curve: Curve, at: int) -> float:
 def _on_axis(curve: Curve, total: Span | str) -> Span:
     """A new total may be written in another unit; the axis stays, or the past would bend."""
     given, h = Span.parse(total, "total"), curve.horizon
-    return given if given.unit in (h.axis, h.total.unit) else _axis_span(curve, float(h.position(given.value, given.unit)))
+    return (
+        given if given.unit in (h.axis, h.total.unit) else _axis_span(curve, float(h.position(given.value, given.unit)))
+    )
 
 
 def _axis_span(curve: Curve, length: float) -> Span:
@@ -105,9 +118,14 @@ def _refuse_hold(curve: Curve, now: float, begin: float, last: Piece) -> None:
 def _lengthened(curve: Curve, last: Piece, length: float, rule: Rule) -> list[Phase]:
     """A last phase that sets its own end goes on, or stops, where the new total says."""
     if rule == "redecay":
-        raise ConfigError(f"rule='redecay': the last phase ({last.phase.shape}) has no end to decay to; legal is 'hold'")
+        raise ConfigError(
+            f"rule='redecay': the last phase ({last.phase.shape}) has no end to decay to; legal is 'hold'"
+        )
     kept = [p for p in curve.pieces[:-1] if p.x < length]
-    return [*_travelled(curve, kept, min(length, last.x)), *([_absolute(curve, last, length - last.x)] if length > last.x else [])]
+    return [
+        *_travelled(curve, kept, min(length, last.x)),
+        *([_absolute(curve, last, length - last.x)] if length > last.x else []),
+    ]
 
 
 def _travelled(curve: Curve, pieces: Sequence[Piece], until: float) -> list[Phase]:

@@ -44,8 +44,9 @@ def _linear(t: Any, n: float, a: float, b: float) -> Any:
     return _mix(a, b, t / n)
 
 
-def _cosine(t: Any, n: float, a: float, b: float) -> Any:
-    return _mix(a, b, 0.5 - 0.5 * np.cos(np.pi * (t / n)))
+def _cosine(t: Any, n: float, a: float, b: float, skip: float = 0.0, k: float = 1.0, p: float = 1.0) -> Any:
+    s = 0.5 - 0.5 * np.cos(np.pi * _way(t, n, skip, k))
+    return _mix(a, b, s) if p == 1.0 else _mix(b, a, np.power(1.0 - s, p))
 
 
 def _sqrt(t: Any, n: float, a: float, b: float) -> Any:
@@ -56,8 +57,14 @@ def _square(t: Any, n: float, a: float, b: float) -> Any:
     return _mix(a, b, np.square(t / n))
 
 
-def _poly(t: Any, n: float, a: float, b: float, p: float) -> Any:
-    return _mix(b, a, np.power(1.0 - t / n, p))
+def _poly(t: Any, n: float, a: float, b: float, p: float, skip: float = 0.0, k: float = 1.0) -> Any:
+    return _mix(b, a, np.power(1.0 - _way(t, n, skip, k), p))
+
+
+def _way(t: Any, n: float, skip: float, k: float) -> Any:
+    """u^k, where u counts a piece of length `skip` that was already travelled when the phase began."""
+    u = (t + skip) / (n + skip) if skip else t / n
+    return u if k == 1.0 else np.power(u, k)
 
 
 def _wave(t: Any, n: float, a: float, b: float, cycles: float) -> Any:
@@ -95,7 +102,13 @@ def _mix(a: float, b: float, s: Any) -> Any:
 
 
 SHAPES: dict[str, Shape] = {}
-ALIASES = {"warmup": "linear", "1-sqrt": "sqrt", "1-square": "square", "constant": "hold", "polynomial": "poly"}
+ALIASES = {
+    "warmup": "linear",
+    "1-sqrt": "sqrt",
+    "1-square": "square",
+    "constant": "hold",
+    "polynomial": "poly",
+}
 
 
 def register_shape(shape: Shape) -> None:
@@ -120,10 +133,16 @@ def find_shape(name: str) -> Shape:
 for _shape in (
     Shape(name="hold", value=_hold, formula="a", own_end=True),
     Shape(name="linear", value=_linear, formula="a + (b − a)·u"),
-    Shape(name="cosine", value=_cosine, formula="a + (b − a)·(1 − cos πu)/2"),
+    Shape(
+        name="cosine", value=_cosine, formula="b + (a − b)·((1 + cos πu^k)/2)^p,  u = (t + skip)/(n + skip)",
+        params={"skip": "length", "k": "number", "p": "number"},
+    ),
     Shape(name="sqrt", value=_sqrt, formula="a + (b − a)·√u   (the 1-sqrt cooldown)"),
     Shape(name="square", value=_square, formula="a + (b − a)·u²   (the 1-square cooldown)"),
-    Shape(name="poly", value=_poly, formula="b + (a − b)·(1 − u)^p", params={"p": "number"}, required=("p",)),
+    Shape(
+        name="poly", value=_poly, formula="b + (a − b)·(1 − u^k)^p,  u = (t + skip)/(n + skip)",
+        params={"p": "number", "skip": "length", "k": "number"}, required=("p",),
+    ),
     Shape(
         name="wave", value=_wave, formula="b + (a − b)·max(0, (1 + cos 2π·cycles·u)/2)",
         params={"cycles": "number"}, required=("cycles",),
@@ -134,7 +153,8 @@ for _shape in (
         required=("tau",), own_end=True,
     ),
     Shape(
-        name="power", value=_power, formula="a·(1 + t/s)^e", params={"scale": "length", "exponent": "number"}, own_end=True,
+        name="power", value=_power, formula="a·(1 + t/s)^e", params={"scale": "length", "exponent": "number"},
+        own_end=True,
     ),
     Shape(name="inv_sqrt", value=_inv_sqrt, formula="a·√(s/(s + t))", params={"scale": "length"}, own_end=True),
     Shape(

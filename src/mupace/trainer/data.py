@@ -39,8 +39,7 @@ _U64 = npt.NDArray[np.uint64]
 
 # Tests, tools, tables that are numbers rather than text, and what is not part of the library.
 _NOT_LIBRARY = frozenset(
-    ("test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data")
-    + ("site-packages", "dist-packages")
+    ["test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "site-packages"]
 )
 
 
@@ -81,8 +80,8 @@ def read_corpus(source: str | Path | Sequence[str | Path] = STDLIB, *, field: st
     """Read text from files, folders and patterns.
 
     A folder is walked in sorted order and gives its files with a known suffix; hidden files and folders are
-    left out. A pattern (`*`, `?`, `[…]`, `**`) gives the files it matches. Empty documents and repeated content
-    are left out. Bytes are kept as they are: no newline is translated, no byte-order mark removed.
+    left out. A pattern (`*`, `?`, `[…]`, `**`) gives the files it matches. Empty documents and repeated
+    content are left out. Bytes are kept as they are: no newline is translated, no byte-order mark removed.
 
     Args:
         source: one path or pattern or several; `"stdlib"` is the source code of the running Python's own
@@ -297,7 +296,7 @@ def _feistel(x: _U64, half: np.uint64, keys: _U64) -> _U64:
 
 
 def _mix(z: _U64) -> _U64:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators")."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -112,9 +112,7 @@ class HFTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
-        text: str = self._backend.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def stream(self, documents: Sequence[bytes]) -> Ids:
@@ -145,9 +143,7 @@ class HFTokenizer:
         return ids
 
 
-def resolve_tokenizer(
-    spec: str | Path, documents: Sequence[bytes], key: str, cache: Path | None = None
-) -> Tokenizer:
+def resolve_tokenizer(spec: str | Path, documents: Sequence[bytes], key: str, cache: Path | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     Args:
@@ -277,7 +273,7 @@ def _cached(cache: Path, stem: str, suffix: str, write: Callable[[BinaryIO], obj
 
 def _find(cache: Path, stem: str, suffix: str) -> Path | None:
     for path in sorted(cache.glob(f"{stem}-*{suffix}")):
-        if path.name == f"{stem}-{_file_sha256(path)[:32]}{suffix}":
+        if path.name == f"{stem}-{file_sha256(path)[:32]}{suffix}":
             return path
         warnings.warn(f"{path} is damaged and is made again", MupaceWarning, stacklevel=5)
         path.unlink(missing_ok=True)
@@ -292,7 +288,7 @@ def _put(cache: Path, stem: str, suffix: str, write: Callable[[BinaryIO], object
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        path = cache / f"{stem}-{_file_sha256(Path(name))[:32]}{suffix}"
+        path = cache / f"{stem}-{file_sha256(Path(name))[:32]}{suffix}"
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -311,7 +307,7 @@ def _sha256(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return _sha256(iter(lambda: file.read(1 << 20), b""))
 

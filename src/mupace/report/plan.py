@@ -1,0 +1,193 @@
+"""What was planned against what was taken: one trace per parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mupace.errors import ConfigError
+from mupace.record import Row, Run
+from mupace.schedules import Curve, Schedule
+from mupace.units import Horizon, Span
+
+__all__ = ["Trace", "traces"]
+
+Floats = NDArray[np.float64]
+# update i (from 1) is given curve(i - 1), curve(i - 1/2) or curve(i)
+_BACK = {"start": 1.0, "midpoint": 0.5, "end": 0.0}
+_TOUCH = 1e-6  # updates: a replan takes hold this far from its step, on the side where no update samples
+_SAME = 1e-5  # of the peak: a curve rebuilt from its text is believed if the recorded points agree this well
+_EMPTY: Floats = np.empty(0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """The learning rate of one parameter group, or of several that were alike throughout.
+
+    Attributes:
+        names: the groups.
+        x, taken: where on the curve each update sampled it (in updates), and the rate it used.
+        plan_x, planned: the plan as a line to draw; empty without one.
+        deviation: max over updates of |planned(x) − taken| / peak; None if no update lies within a plan.
+        exact: the plan was evaluated as a curve; else by straight lines between its recorded points.
+    """
+
+    names: tuple[str, ...]
+    x: Floats
+    taken: Floats
+    plan_x: Floats
+    planned: Floats
+    deviation: float | None
+    exact: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Segment:
+    """The plan that held from `start` until the next one: factors at any position, and points to draw."""
+
+    start: float
+    at: Callable[[Floats], Floats]
+    points: Floats
+    exact: bool
+
+
+def traces(run: Run) -> list[Trace]:
+    """One trace per set of groups with equal plan and equal rates, in the order of the record."""
+    groups = {str(g.get("name")): g for g in run.header.get("groups", ()) if isinstance(g, dict)}
+    merged: dict[bytes, Trace] = {}
+    for name in dict.fromkeys([*groups, *run.lr]):
+        trace = _trace(run, name, groups.get(name, {}))
+        key = b"/".join(a.tobytes() for a in (trace.x, trace.taken, trace.plan_x, trace.planned))
+        names = (*merged[key].names, name) if key in merged else (name,)
+        merged[key] = replace(trace, names=names)
+    return list(merged.values())
+
+
+def _trace(run: Run, name: str, group: Row) -> Trace:
+    peak = _number(group.get("lr"))
+    x, taken = _taken(run, name)
+    segments = _segments(run, group) if peak else []
+    plan_x, factor = _drawn(segments)
+    off = np.abs(_evaluated(segments, x) - taken / peak) if peak else _EMPTY
+    off = off[np.isfinite(off)]
+    return Trace(
+        names=(name,),
+        x=x,
+        taken=taken,
+        plan_x=plan_x,
+        planned=factor * (peak or 0.0),
+        deviation=float(off.max()) if len(off) else None,
+        exact=all(s.exact for s in segments),
+    )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _taken(run: Run, name: str) -> tuple[Floats, Floats]:
+    """Where each update sampled the curve, and the rate it used; skipped updates used none."""
+    rates, steps = run.lr.get(name), run.updates.get("step")
+    if rates is None or steps is None:
+        return _EMPTY, _EMPTY
+    used = np.isfinite(rates) & ~run.updates.get("skipped", np.zeros(len(steps), dtype=bool))
+    back = _BACK.get(str(run.header.get("sample", "midpoint")), 0.5)
+    return steps[used] - back, rates[used]
+
+
+def _segments(run: Run, group: Row) -> list[_Segment]:
+    """The plan of a group: that of the run row, then that of every replan."""
+    side = _TOUCH if run.header.get("sample") == "end" else -_TOUCH
+    own = group if isinstance(group.get("planned"), dict) else run.header
+    first = _segment(own, group, start=-_TOUCH)
+    later = [_segment(row, group, start=float(row.get("step", 0)) + side) for row in run.of_type("replan")]
+    return [first, *later]
+
+
+def _segment(row: Row, group: Row, start: float) -> _Segment:
+    x, factor = _recorded(row)
+    if "planned" in group:
+        return _interpolated(x, factor, start)
+    floor = _number(group.get("floor"))
+    curve = _curve(row, x, factor)
+    if curve is None:
+        return _interpolated(x, _floored(factor, floor), start)
+    curve = curve if floor is None else curve.floored(floor)
+    edges = np.array([position for position, _, _ in curve.edges()])
+    grid = np.concatenate([np.linspace(0, curve.steps, 1001), edges, np.nextafter(edges[1:], 0)])
+    return _Segment(start=start, at=curve, points=np.unique(grid[grid <= curve.steps]), exact=True)
+
+
+def _interpolated(x: Floats, factor: Floats, start: float) -> _Segment:
+    def at(where: Floats) -> Floats:
+        if not len(x):
+            return np.full(len(where), np.nan)
+        found: Floats = np.interp(where, x, factor, left=np.nan, right=np.nan)
+        return found
+
+    return _Segment(start=start, at=at, points=x, exact=False)
+
+
+def _recorded(row: Row) -> tuple[Floats, Floats]:
+    """The recorded points of a plan, with the phase edges that are not among them."""
+    planned = row.get("planned")
+    if not isinstance(planned, dict):
+        return _EMPTY, _EMPTY
+    known = dict(zip(planned.get("step", ()), planned.get("factor", ()), strict=False))
+    for position, _, value in row.get("edges") or ():
+        known.setdefault(position, value)
+    ordered = sorted(known.items())
+    return np.array([x for x, _ in ordered], dtype=np.float64), np.array([y for _, y in ordered], dtype=np.float64)
+
+
+def _curve(row: Row, x: Floats, factor: Floats) -> Curve | None:
+    """The plan as a curve: as recorded, or rebuilt from its text if the recorded points confirm it."""
+    try:
+        if isinstance(row.get("curve"), dict):
+            curve = Curve.from_dict(row["curve"])
+        else:
+            curve = Curve(Schedule.parse(row["schedule"]), Horizon(total=Span(row["steps"], "step")))
+        within = x <= curve.steps
+        agrees = bool(within.any()) and float(np.abs(curve(x[within]) - factor[within]).max()) <= _SAME
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return curve if agrees else None
+
+
+def _floored(y: Floats, floor: float | None) -> Floats:
+    """After the first peak, v -> r + (1 − r)·(v − f)/(1 − f) with r the floor and f the final factor."""
+    if floor is None or not len(y) or y[-1] >= 1 or y.max() < 1:
+        return y
+    after = np.arange(len(y)) >= int(np.argmax(y >= 1))
+    mapped: Floats = np.where(after, floor + (1 - floor) * (y - y[-1]) / (1 - y[-1]), y)
+    return mapped
+
+
+def _stops(segments: list[_Segment]) -> list[float]:
+    return [*(s.start for s in segments[1:]), np.inf]
+
+
+def _evaluated(segments: list[_Segment], x: Floats) -> Floats:
+    """The planned factor at each position, NaN where no plan is known."""
+    out = np.full(len(x), np.nan)
+    for segment, stop in zip(segments, _stops(segments), strict=True):
+        mine = (x > segment.start) & (x <= stop)
+        out[mine] = segment.at(x[mine])
+    return out
+
+
+def _drawn(segments: list[_Segment]) -> tuple[Floats, Floats]:
+    """The plan as one line, from each replan on the new one."""
+    xs, ys = [_EMPTY], [_EMPTY]
+    for segment, stop in zip(segments, _stops(segments), strict=True):
+        if not len(segment.points):
+            continue
+        ends = [v for v in (segment.start + _TOUCH / 2, stop) if segment.points[0] <= v <= segment.points[-1]]
+        x = np.unique(np.append(segment.points, ends))
+        x = x[(x > segment.start) & (x <= stop)]
+        xs.append(x)
+        ys.append(segment.at(x))
+    return np.concatenate(xs), np.concatenate(ys)
