@@ -238,7 +238,8 @@ def groups(
     Tensors with the same values and the same pace share a group. The first group is the largest of those at
     the base lr. Keys: params (pairs of name and tensor), name, lr, weight_decay, eps (when given), and where
     set floor, schedule and unfreeze, which the pacer reads. The model is not changed: a frozen tensor is in
-    no group, and keeps its gradient until `freeze_parameters(model, rules)` is called.
+    no group, and keeps its gradient until `freeze_parameters(model, rules)` is called. torch's optimizers take
+    the dicts over and change them, so call `groups` once for each optimizer.
 
     Args:
         model: a torch.nn.Module or its `ParamTable`.

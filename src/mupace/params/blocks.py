@@ -18,6 +18,7 @@ Path = tuple[str, ...]
 
 _KNOWN = re.compile(r"(\w+_)?(h|layers?|blocks?|resblocks|stages?|cells)\d*")
 _NEVER = re.compile(r"\w*(expert|head|adapter|lora)\w*", re.IGNORECASE)
+_ATTACHED = re.compile(r"parametrizations$|base_layer$|lora_")
 _NESTED = re.compile(r"(\w+_)?(layers|blocks)")
 
 
@@ -83,7 +84,8 @@ def _through_stages(modules: Mapping[str, Any], path: Path, end: int) -> int:
 
 
 def _children(module: Any) -> list[Any]:
-    return list(module.children())
+    """The modules it is made of; what weight normalisation or peft hangs on a plain layer does not count."""
+    return [child for name, child in module.named_children() if not _ATTACHED.match(name)]
 
 
 def _repeats(container: Any) -> bool:

@@ -88,7 +88,8 @@ def _nearest(selector: str, names: Iterable[str], count: int = 3) -> list[str]:
     wanted = re.sub(r"\d+", "0", selector.removeprefix("re:").strip("*."))
 
     def likeness(kind: str) -> float:
-        words = (kind, *kind.split("."))
-        return max(SequenceMatcher(None, wanted, word).ratio() for word in words)
+        words = kind.split(".")
+        ends = {".".join(part) for i in range(len(words)) for part in (words[i:], words[: i + 1], words[i : i + 1])}
+        return max(SequenceMatcher(None, wanted, end).ratio() for end in ends)
 
     return [kinds[kind] for kind in sorted(kinds, key=likeness, reverse=True)[:count]]

@@ -100,25 +100,33 @@
       ctx.font = `${12 * ratio}px system-ui, sans-serif`;
       ctx.textBaseline = "top";
       ctx.textAlign = "left";
-      const draw = (step, name, ink, dash) => {
-        const x = Math.round(u.valToPos(place(step), "x", true)) + 0.5;
-        ctx.strokeStyle = ctx.fillStyle = ink;
-        ctx.lineWidth = ratio;
-        ctx.setLineDash(dash.map((d) => d * ratio));
+      const lines = data.events.map(([step, name]) => [step, chart.rates ? name : "", colour("--h4"), [6, 3]]);
+      if (chart.rates) lines.unshift(...data.edges.map(([step, name]) => [step, name, colour("--soft"), [2, 3]]));
+      const at = ([step]) => Math.round(u.valToPos(place(step), "x", true)) + 0.5;
+      ctx.lineWidth = ratio;
+      for (const line of lines) {
+        ctx.strokeStyle = line[2];
+        ctx.setLineDash(line[3].map((d) => d * ratio));
         ctx.beginPath();
-        ctx.moveTo(x, bbox.top);
-        ctx.lineTo(x, bbox.top + bbox.height);
+        ctx.moveTo(at(line), bbox.top);
+        ctx.lineTo(at(line), bbox.top + bbox.height);
         ctx.stroke();
-        if (!name) return;
-        const wide = ctx.measureText(name).width;
+      }
+      ctx.setLineDash([]);
+      ctx.lineWidth = 4 * ratio;
+      ctx.lineJoin = "round";
+      ctx.strokeStyle = colour("--bg");
+      for (const line of lines.filter(([, name]) => name).sort((a, b) => a[0] - b[0])) {
+        const wide = ctx.measureText(line[1]).width, x = at(line);
+        if (x < bbox.left - 1 || x > bbox.left + bbox.width) continue;
         const left = Math.min(x + 5 * ratio, bbox.left + bbox.width - wide - 2 * ratio);
         let row = 0;
         while (rows[row] !== undefined && rows[row] > left) row++;
         rows[row] = left + wide + 8 * ratio;
-        ctx.fillText(name, left, bbox.top + (3 + 15 * row) * ratio);
-      };
-      if (chart.rates) for (const [step, name] of data.edges) draw(step, name, colour("--soft"), [2, 3]);
-      for (const [step, name] of data.events) draw(step, chart.rates ? name : "", colour("--h4"), [6, 3]);
+        ctx.strokeText(line[1], left, bbox.top + (3 + 15 * row) * ratio);
+        ctx.fillStyle = line[2];
+        ctx.fillText(line[1], left, bbox.top + (3 + 15 * row) * ratio);
+      }
       ctx.restore();
     };
   }
@@ -149,7 +157,7 @@
       chart.lines.forEach((line, i) => {
         const at = plot.cursor.idxs && plot.cursor.left >= 0 ? plot.cursor.idxs[i + 2] : null;
         const value = at == null ? null : plot.data[i + 2][at];
-        key.children[i].lastChild.textContent = value == null ? "" : reading(chart, value);
+        if (cells[i]) cells[i].textContent = value == null ? "" : reading(chart, value);
       });
       if (plot.cursor.event) tell(plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : null);
     };
@@ -167,17 +175,32 @@
     };
     let plot = null;
     plot = new uPlot(options, table(chart), box);
-    key.replaceChildren(...chart.lines.map((line, i) => entry(chart, line, plot, i + 2)));
+    const cells = fill(key, chart, plot);
     return { plot, box };
   }
 
-  // One line of the key: a swatch drawn as the line is drawn, its name, its value under the cursor.
-  function entry(chart, line, plot, series) {
-    const button = document.createElement("button"), swatch = document.createElement("canvas");
-    const ratio = devicePixelRatio || 1, ctx = swatch.getContext("2d"), drawn = look(line);
-    [swatch.width, swatch.height] = [22 * ratio, 10 * ratio];
-    swatch.style.width = "22px";
-    swatch.style.height = "10px";
+  // One entry per line, but a single one for several planned lines; returns each line's cell for its value.
+  function fill(key, chart, plot) {
+    const planned = chart.lines.map((line, i) => i).filter((i) => chart.lines[i].kind === "planned");
+    const cells = [];
+    key.replaceChildren();
+    chart.lines.forEach((line, i) => {
+      const many = line.kind === "planned" && planned.length > 1;
+      if (many && i !== planned[planned.length - 1]) return;
+      const value = document.createElement("b");
+      const label = line.kind === "planned" ? "planned" : line.label;
+      key.append(entry(chart, many ? planned : [i], label, value, plot));
+      if (!many) cells[i] = value;
+    });
+    return cells;
+  }
+
+  function swatch(line) {
+    const canvas = document.createElement("canvas"), ctx = canvas.getContext("2d");
+    const ratio = devicePixelRatio || 1, drawn = look(line);
+    [canvas.width, canvas.height] = [22 * ratio, 10 * ratio];
+    canvas.style.width = "22px";
+    canvas.style.height = "10px";
     ctx.scale(ratio, ratio);
     ctx.strokeStyle = ctx.fillStyle = drawn.stroke;
     ctx.lineWidth = drawn.width;
@@ -187,16 +210,22 @@
     ctx.lineTo(22, 5);
     ctx.stroke();
     if (drawn.points.show) { ctx.beginPath(); ctx.arc(11, 5, 3, 0, 7); ctx.fill(); }
-    const name = document.createElement("span"), value = document.createElement("b");
-    name.textContent = line.label;
+    return canvas;
+  }
+
+  // A swatch drawn as the line is drawn, its name, its value under the cursor; pressed while it is shown.
+  function entry(chart, members, label, value, plot) {
+    const button = document.createElement("button"), name = document.createElement("span");
+    const ids = members.map((i) => chart.key + chart.lines[i].label);
+    name.textContent = label;
     button.type = "button";
-    button.setAttribute("aria-pressed", String(plot.series[series].show));
-    button.append(swatch, name, value);
+    button.setAttribute("aria-pressed", String(!state.hidden.has(ids[0])));
+    button.append(swatch(chart.lines[members[0]]), name, value);
     button.addEventListener("click", () => {
-      const id = chart.key + line.label, show = !plot.series[series].show;
-      if (show) state.hidden.delete(id); else state.hidden.add(id);
+      const show = state.hidden.has(ids[0]);
+      ids.forEach((id) => (show ? state.hidden.delete(id) : state.hidden.add(id)));
       button.setAttribute("aria-pressed", String(show));
-      plot.setSeries(series, { show });
+      plot.batch(() => members.forEach((i) => plot.setSeries(i + 2, { show })));
     });
     return button;
   }

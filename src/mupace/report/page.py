@@ -132,14 +132,18 @@ def _controls() -> Html:
 
 
 def _details(run: Run, found: list[Trace]) -> list[Html | str]:
-    numbers, settings = tables.numbers(run, found), tables.config(run)
+    numbers, settings, shown = tables.numbers(run, found), tables.config(run), tables.samples(run)
     return [
         _section("groups", "Parameter groups", tables.groups(run, found)),
         _section("events", "Events", tables.events(run)),
-        _section("samples", "Samples", *tables.samples(run)),
+        _section("samples", "Samples", *shown[:3], _older(shown[3:])),
         _folded("numbers", "The curves as numbers", numbers),
         _folded("config", "Configuration", settings),
     ]
+
+
+def _older(samples: list[Html]) -> Html | None:
+    return tag("details", tag("summary", f"{len(samples)} older"), samples, class_="older") if samples else None
 
 
 def _folded(key: str, title: str, content: Html | None) -> Html | str:
@@ -147,6 +151,4 @@ def _folded(key: str, title: str, content: Html | None) -> Html | str:
 
 
 def _footer(run: Run) -> Html:
-    last = run.updates.get("seq")
-    rows = f", {last[-1]:,} rows" if last is not None and len(last) else ""
-    return tag("footer", tag("p", f"From {run.path.name}{rows}. Charts: uPlot 1.6.32, MIT licence, © Leon Sorokin."))
+    return tag("footer", tag("p", f"From {run.path.name}. Charts: uPlot 1.6.32, MIT licence, © Leon Sorokin."))

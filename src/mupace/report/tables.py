@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -159,34 +160,48 @@ def _told(row: Row) -> str:
     return json.dumps(rest, ensure_ascii=False)[:500]
 
 
-def _event_rows(run: Run) -> Iterator[tuple[int, str, str, str]]:
-    """(sort key, updates, kind, words) of everything that happened."""
+_Event = tuple[float, str, str, str]  # place in the record, updates, kind, words
+
+
+def _told_events(run: Run) -> Iterator[_Event]:
     for row in run.events:
-        step = row.get("step")
         if row["type"] != "checkpoint":
-            yield (step if isinstance(step, int) else 0), count(step), str(row["type"]), _told(row)
+            yield row.get("seq", 0), count(row.get("step")), str(row["type"]), _told(row)
     saves = run.of_type("checkpoint")
     if saves:
         last = saves[-1]
         words = f"{len(saves):,} written, the last is {last.get('path', 'unnamed')}"
-        yield last.get("step", 0), f"{last.get('step', 0):,}", "checkpoint", words
-    skipped = run.updates["step"][run.updates["skipped"]].tolist() if "skipped" in run.updates else []
-    for first, count_ in sorted((s, skipped.count(s)) for s in set(skipped)):
-        yield first, f"{first:,}", "skipped", f"{count_} after this update: the step was not taken"
+        yield last.get("seq", 0), count(last.get("step")), "checkpoint", words
+
+
+def _found_events(run: Run) -> Iterator[_Event]:
+    """What only the update rows tell: steps not taken, values that were not finite."""
+    steps = run.updates.get("step", np.empty(0, dtype=np.int64))
+    place = dict(zip(steps.tolist(), run.updates.get("seq", steps).tolist(), strict=True))
+    skipped = Counter(steps[run.updates["skipped"]].tolist() if "skipped" in run.updates else ())
+    for step, times in skipped.items():
+        yield place[step], f"{step:,}", "skipped", f"the step after this update was not taken{_times(times)}"
     by_field = sorted((field, step) for step, field in set(run.nonfinite))
     for field, pairs in groupby(by_field, key=lambda pair: pair[0]):
-        for first, last_step in _runs(step for _, step in pairs):
-            yield first, _range(first, last_step), "not finite", f"{field} was NaN or infinite"
+        for first, last in _runs(step for _, step in pairs):
+            yield place.get(first, 0), _range(first, last), "not finite", f"{field} was NaN or infinite"
+
+
+def _times(n: int) -> str:
+    return "" if n == 1 else f", {n} times"
+
+
+def _left_out(run: Run) -> Iterator[_Event]:
     if run.superseded:
-        yield 0, MISSING, "superseded", f"{run.superseded:,} rows left out: a resume went back before them"
+        yield np.inf, MISSING, "left out", f"{run.superseded:,} rows, because a resume went back before them"
     if run.torn_bytes or run.unreadable:
-        words = f"{len(run.unreadable)} unreadable lines and {run.torn_bytes} bytes of an unfinished row left out"
-        yield 0, MISSING, "damaged", words
+        words = f"{len(run.unreadable):,} unreadable lines and {run.torn_bytes:,} bytes of an unfinished row"
+        yield np.inf, MISSING, "left out", words
 
 
 def events(run: Run) -> Html | None:
-    """What happened on the way, in the order of the updates."""
-    rows = sorted(_event_rows(run), key=lambda row: row[0])
+    """What happened on the way, in the order it was recorded."""
+    rows = sorted([*_told_events(run), *_found_events(run), *_left_out(run)], key=lambda row: row[0])
     if not rows:
         return None
     shown = [row[1:] for row in rows[:_MOST_EVENTS]]

@@ -67,8 +67,8 @@ def _way(t: Any, n: float, skip: float, k: float) -> Any:
     return u if k == 1.0 else np.power(u, k)
 
 
-def _wave(t: Any, n: float, a: float, b: float, cycles: float) -> Any:
-    return _mix(b, a, np.maximum(0.0, 0.5 + 0.5 * np.cos(2.0 * np.pi * cycles * (t / n))))
+def _wave(t: Any, n: float, a: float, b: float, cycles: float, skip: float = 0.0) -> Any:
+    return _mix(b, a, np.maximum(0.0, 0.5 + 0.5 * np.cos(2.0 * np.pi * cycles * _way(t, n, skip, 1.0))))
 
 
 def _exp(t: Any, n: float, a: float, b: float, bias: float = 0.0) -> Any:
@@ -144,8 +144,8 @@ for _shape in (
         params={"p": "number", "skip": "length", "k": "number"}, required=("p",),
     ),
     Shape(
-        name="wave", value=_wave, formula="b + (a − b)·max(0, (1 + cos 2π·cycles·u)/2)",
-        params={"cycles": "number"}, required=("cycles",),
+        name="wave", value=_wave, formula="b + (a − b)·max(0, (1 + cos 2π·cycles·u)/2),  u = (t + skip)/(n + skip)",
+        params={"cycles": "number", "skip": "length"}, required=("cycles",),
     ),
     Shape(name="exp", value=_exp, formula="(a − β)·((b − β)/(a − β))^u + β", params={"bias": "number"}),
     Shape(

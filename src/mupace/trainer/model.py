@@ -38,21 +38,8 @@ NAMES = (
 )
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
-# One table for all families: a family takes the keys that its configuration class has.
-_SMALL: dict[str, object] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "intermediate_size": 172,  # 8/3 of the width, Touvron et al., "LLaMA", arXiv:2302.13971, 2.2
-    "ffn_dim": 256,
-    "moe_intermediate_size": 64,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    # text that is read about once needs no dropout, and families differ in their default
-    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "attention_dropout", "hidden_dropout"), 0.0),
-}
+# Text that is read about once needs no dropout, and families differ in their default.
+_DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "attention_dropout", "hidden_dropout")
 _INTERNAL = {"transformers_version", "architectures", "_name_or_path", "model_type", "dtype"}
 
 
@@ -182,7 +169,7 @@ def _from_dict(wanted: dict[str, object], tokenizer: Tokenizer, seq_len: int, *,
     default = cls()
     _check_keys(cls, default, wanted)
     filled = _filled(cls, default, wanted, tokenizer, seq_len, small)
-    _check_heads(cls, filled)
+    _check_heads(cls, filled, own_head_dim=wanted.get("head_dim") is not None)
     return _construct(cls, filled)
 
 
@@ -217,13 +204,36 @@ def _filled(
         "eos_token_id": tokenizer.end_of_document,
         "pad_token_id": None,  # as a padding index an id would never be trained: nothing here is padded
     }
-    names = _canonical(cls, wanted)
-    filled = {**_canonical(cls, _SMALL if small else {}), **_canonical(cls, derived)}
+    own = _canonical(cls, wanted)
+    filled = _canonical(cls, {**(_small(cls, default, own) if small else {}), **derived})
     legal = _legal_keys(cls, default)
-    filled = {**{k: v for k, v in filled.items() if k in legal}, **names}
-    if small and getattr(default, "head_dim", None) is not None and "head_dim" not in filled:
-        filled["head_dim"] = _ratio(filled.get("hidden_size"), filled.get("num_attention_heads"))
-    return filled
+    return {**{k: v for k, v in filled.items() if k in legal}, **own}
+
+
+def _small(cls: Any, default: Any, own: Mapping[str, object]) -> dict[str, object]:
+    """Small dimensions for any family (which takes the keys that it has); the rest follows width and heads."""
+
+    def number(key: str, otherwise: int) -> int:
+        value = own.get(cls.attribute_map.get(key, key))
+        return value if isinstance(value, int) and value > 0 else otherwise
+
+    width, heads = number("hidden_size", 64), number("num_attention_heads", 4)
+    head_dim = {} if getattr(default, "head_dim", None) is None else {"head_dim": width // heads}
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        # 8/3 of the width (Touvron et al., "LLaMA", arXiv:2302.13971, 2.2), rounded up to a multiple of 4
+        "intermediate_size": -(-width * 2 // 3) * 4,
+        "ffn_dim": 4 * width,
+        "moe_intermediate_size": width,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        **head_dim,
+        **dict.fromkeys(_DROPOUTS, 0.0),
+    }
 
 
 def _canonical(cls: Any, keys: Mapping[str, object]) -> dict[str, object]:
@@ -231,11 +241,7 @@ def _canonical(cls: Any, keys: Mapping[str, object]) -> dict[str, object]:
     return {cls.attribute_map.get(k, k): v for k, v in keys.items()}
 
 
-def _ratio(size: object, heads: object) -> object:
-    return size // heads if isinstance(size, int) and isinstance(heads, int) and heads > 0 else None
-
-
-def _check_heads(cls: Any, filled: Mapping[str, object]) -> None:
+def _check_heads(cls: Any, filled: Mapping[str, object], *, own_head_dim: bool) -> None:
     def number(key: str) -> int | None:
         value = filled.get(cls.attribute_map.get(key, key))
         return value if isinstance(value, int) else None
@@ -245,7 +251,7 @@ def _check_heads(cls: Any, filled: Mapping[str, object]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{key}={value} must be at least 1")
     pairs = [("num_attention_heads", "num_key_value_heads")]
-    if filled.get("head_dim") is None:  # with a head_dim of its own a family need not divide its width
+    if not own_head_dim:  # a head_dim of its own need not divide the width
         pairs.append(("hidden_size", "num_attention_heads"))
     for whole, part in pairs:
         size, parts = sizes[whole], sizes[part]
@@ -276,7 +282,7 @@ def _overridden(config: Any, overrides: Mapping[str, object]) -> Any:
     cls = type(config)
     _check_keys(cls, config, overrides)
     filled = {**config.to_dict(), **_canonical(cls, overrides)}
-    _check_heads(cls, filled)
+    _check_heads(cls, filled, own_head_dim=filled.get("head_dim") is not None)
     return _construct(cls, filled)
 
 
@@ -302,19 +308,11 @@ def _check_fit(config: Any, tokenizer: Tokenizer, seq_len: int) -> None:
             f"vocab_size={config.vocab_size} of the model is smaller than the {tokenizer.vocab_size} ids "
             f"of tokenizer={tokenizer.name!r}"
         )
-    _check_rotary(config)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions < seq_len + 1:
         raise ConfigError(
             f"seq_len={seq_len} needs {seq_len + 1} positions, the model has max_position_embeddings={positions}"
         )
-
-
-def _check_rotary(config: Any) -> None:
-    heads = getattr(config, "num_attention_heads", None)
-    head = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    if hasattr(config, "rope_parameters") and head % 2:
-        raise ConfigError(f"head_dim={head} (hidden_size / num_attention_heads) must be even for rotary positions")
 
 
 def _create(blueprint: Blueprint) -> Any:

@@ -1,0 +1,558 @@
+"""Rules, factors, param groups and the optimizers built from them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from mupace.errors import ConfigError, MatchError, MupaceWarning, StateError
+from mupace.optimizers import HIDDEN_MATRICES, OPTIMIZERS, OptimizerSpec, optimizer, register_optimizer
+from mupace.params import param_table
+from mupace.scales import (
+    ROLE_POLICY,
+    Rule,
+    Scales,
+    combined,
+    freeze,
+    freeze_parameters,
+    groups,
+    layer_decay,
+    no_decay,
+    pace,
+    role_policy,
+    scale,
+    unfreeze,
+)
+
+torch.set_num_threads(1)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **changes}))
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)),
+    "gpt2": gpt2,
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)),
+    "vit": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+            num_labels=5,
+        )
+    ),
+}
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))
+    loss: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
+    return loss
+
+
+def lr_of(made: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: group["lr"] for group in made for name, _ in group["params"]}
+
+
+def by_name(made: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {group["name"]: group for group in made}
+
+
+RULES = (
+    scale("head", lr=10),
+    scale("role:attention_*", lr=0.9, weight_decay=2),
+    scale("*norm*", lr=0.3),
+    layer_decay(0.7),
+    no_decay("embedding"),
+    pace("ffn", floor=0.1),
+    pace("norm", schedule="warmup 2% | cosine -> 0"),
+    unfreeze("model.layers.0.mlp", at="10%"),
+    freeze("model.layers.1.self_attn.k_proj"),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_trainable_tensor_is_in_exactly_one_group(family: str) -> None:
+    model = FAMILIES[family]()
+    made = groups(model, [layer_decay(0.8), *role_policy()], lr=1e-3, weight_decay=0.1)
+    placed = [id(tensor) for group in made for _, tensor in group["params"]]
+    trainable = [id(tensor) for tensor in model.parameters() if tensor.requires_grad]
+    assert sorted(placed) == sorted(trainable)
+    assert len({group["name"] for group in made}) == len(made)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    assert all(named[name] is tensor for group in made for name, tensor in group["params"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_rules_there_are_two_groups(family: str) -> None:
+    made = groups(FAMILIES[family](), lr=1e-3, weight_decay=0.1)
+    assert [(group["name"], group["weight_decay"]) for group in made] == [("matrix", 0.1), ("no_decay", 0.0)]
+    assert [(group["name"]) for group in groups(FAMILIES[family](), lr=1e-3)] == ["all"]
+
+
+def test_no_decay_is_what_it_says() -> None:
+    model = gpt2()
+    table = param_table(model)
+    undecayed = by_name(groups(model, lr=1.0, weight_decay=0.1))["no_decay"]
+    names = {name for name, _ in undecayed["params"]}
+    assert names == {row.name for row in table if row.role in ("norm", "bias")}
+    everything = groups(model, lr=1.0, weight_decay=0.1, no_decay=())
+    assert [group["weight_decay"] for group in everything] == [0.1]
+    chosen = groups(model, lr=1.0, weight_decay=0.1, no_decay=("*.wpe.*", "norm", "router"))
+    assert {name for group in chosen if not group["weight_decay"] for name, _ in group["params"]} == {
+        row.name for row in table if row.role in ("norm", "position")
+    }
+    with pytest.raises(MatchError, match="no_decay"):
+        groups(model, lr=1.0, weight_decay=0.1, no_decay=("*.nothing.*",))
+    with pytest.raises(ConfigError, match="sequence of selectors"):
+        groups(model, lr=1.0, no_decay="norm")
+
+
+def test_layer_decay_by_hand() -> None:
+    # L = 2: embedding l=0, blocks l=1 and 2, final norm and head l=2; alpha = 1/2, lr = 8
+    rates = lr_of(groups(llama(), [layer_decay(0.5)], lr=8.0))
+    assert rates["model.embed_tokens.weight"] == 2.0
+    assert rates["model.layers.0.mlp.up_proj.weight"] == 4.0
+    assert rates["model.layers.0.input_layernorm.weight"] == 4.0
+    assert rates["model.layers.1.mlp.up_proj.weight"] == 8.0
+    assert rates["model.norm.weight"] == 8.0
+    assert rates["lm_head.weight"] == 8.0
+
+
+def test_layer_decay_counts_each_stack_on_its_own() -> None:
+    model = hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=1, num_heads=4)
+    )
+    rates = lr_of(groups(model, [layer_decay(0.5)], lr=8.0))
+    wanted = {
+        "shared.weight": 1.0,  # l=0 of the deeper stack, L=3
+        "encoder.block.0.layer.1.DenseReluDense.wi.weight": 2.0,
+        "encoder.block.1.layer.1.DenseReluDense.wi.weight": 4.0,
+        "encoder.block.2.layer.1.DenseReluDense.wi.weight": 8.0,
+        "encoder.final_layer_norm.weight": 8.0,
+        "decoder.block.0.layer.2.DenseReluDense.wi.weight": 8.0,
+        "decoder.final_layer_norm.weight": 8.0,
+    }
+    assert {name: rates[name] for name in wanted} == wanted
+
+
+def test_layer_decay_of_bert_slows_its_embedding_norm_too() -> None:
+    rates = lr_of(groups(FAMILIES["bert"](), [layer_decay(0.5)], lr=8.0))
+    assert rates["bert.embeddings.LayerNorm.weight"] == 2.0
+    assert rates["bert.embeddings.position_embeddings.weight"] == 2.0
+    assert rates["bert.encoder.layer.0.output.dense.weight"] == 4.0
+    assert rates["cls.predictions.transform.dense.weight"] == 8.0
+
+
+def test_layer_decay_makes_two_groups_a_layer_at_most() -> None:
+    made = groups(llama(num_hidden_layers=6), [layer_decay(0.9)], lr=1.0, weight_decay=0.1)
+    assert len(made) == 1 + 2 * 6  # embedding; matrices and norms of each block, the last with norm and head
+    assert {"embedding", "block.0 matrix", "block.4 no_decay", "block.5..output matrix"} <= by_name(made).keys()
+
+
+@pytest.mark.parametrize("alpha", [0.0, -0.1, 1.5, math.nan, "0.5"])
+def test_layer_decay_refuses(alpha: Any) -> None:
+    with pytest.raises(ConfigError, match="alpha="):
+        layer_decay(alpha)
+
+
+def test_layer_decay_needs_blocks() -> None:
+    with pytest.raises(ConfigError, match="no numbered blocks"):
+        groups(nn.Linear(2, 2), [layer_decay(0.9)], lr=1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=st.permutations(RULES))
+def test_rules_commute(order: list[Rule]) -> None:
+    def plain(rules: tuple[Rule, ...] | list[Rule]) -> list[dict[str, Any]]:
+        made = groups(TABLE, rules, lr=0.37, weight_decay=0.1)
+        return [{**group, "params": [name for name, _ in group["params"]]} for group in made]
+
+    assert plain(order) == plain(RULES)  # to the last bit
+
+
+TABLE = param_table(llama())
+
+
+@given(factors=st.lists(st.floats(0.0, 1e3), min_size=2, max_size=6), seed=st.randoms())
+def test_combined_factors_do_not_depend_on_order(factors: list[float], seed: Any) -> None:
+    rows = [Scales(lr=factor, eps=1.0) for factor in factors]
+    mixed = list(rows)
+    seed.shuffle(mixed)
+    assert combined(rows) == combined(mixed)
+
+
+def test_a_plain_product_would_depend_on_order() -> None:
+    products = {math.prod(order) for order in itertools.permutations([0.7, 0.9, 0.3, 0.37])}
+    assert len(products) > 1  # what `combined` guards against
+
+
+def test_scales_multiply() -> None:
+    product = Scales(lr=0.5, weight_decay=2.0) * Scales(lr=0.5, init=3.0)
+    assert product == Scales(lr=0.25, weight_decay=2.0, init=3.0)
+    assert Scales() * Scales() == Scales()
+
+
+@pytest.mark.parametrize("factor", [-1.0, math.inf, math.nan, "2", True])
+def test_factors_are_finite_and_not_negative(factor: Any) -> None:
+    with pytest.raises(ConfigError, match="finite number >= 0"):
+        Scales(lr=factor)
+    with pytest.raises(ConfigError, match="lr="):
+        groups(llama(), lr=factor)
+
+
+def test_factors_multiply_across_rules() -> None:
+    rules = [scale("head", lr=10), scale("lm_head", lr=0.5, weight_decay=3)]
+    head = by_name(groups(llama(), rules, lr=2.0, weight_decay=0.1))["head"]
+    assert head["lr"] == 2.0 * 5.0
+    assert head["weight_decay"] == 0.1 * 3.0
+    assert len(head["params"]) == 1
+
+
+def test_eps_is_scaled_when_its_base_is_known() -> None:
+    made = groups(llama(), [scale("embedding", eps=0.5)], lr=1.0, eps=1e-8)
+    assert by_name(made)["embedding"]["eps"] == 5e-9
+    assert {group["eps"] for group in made} == {1e-8, 5e-9}
+    assert all("eps" not in group for group in groups(llama(), lr=1.0))
+    with pytest.raises(ConfigError, match="eps is not given"):
+        groups(llama(), [scale("embedding", eps=0.5)], lr=1.0)
+
+
+def test_role_policy_is_its_table() -> None:
+    rates = lr_of(groups(llama(), role_policy(), lr=1.0))
+    assert rates["model.embed_tokens.weight"] == 0.675
+    assert rates["model.layers.0.self_attn.q_proj.weight"] == 0.9
+    assert rates["model.layers.0.self_attn.o_proj.weight"] == 1.0
+    assert rates["model.layers.0.mlp.up_proj.weight"] == 1.0
+    assert rates["model.norm.weight"] == 0.4
+    assert all(low <= used <= high for low, high, used in ROLE_POLICY.values())
+    assert lr_of(groups(gpt2(), role_policy(), lr=1.0))["transformer.h.0.attn.c_attn.weight"] == 0.9
+
+
+def test_paces_travel_in_the_group() -> None:
+    rules = [
+        pace("ffn", schedule="warmup 2%|cosine -> 0", floor=0.1),
+        unfreeze("embedding", at="1_000 steps"),
+    ]
+    made = by_name(groups(llama(), rules, lr=1.0, weight_decay=0.1))
+    assert made["ffn"]["schedule"] == "warmup 2% | cosine -> 0"
+    assert made["ffn"]["floor"] == 0.1
+    assert made["embedding"]["unfreeze"] == "1000 steps"
+    assert made["matrix"].keys() == {"params", "name", "lr", "weight_decay"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([pace("ffn", floor=0.1), pace("*.mlp.*", floor=0.2)], r"floor .*pace\('\*\.mlp\.\*', .*pace\('ffn'"),
+        (
+            [pace("ffn", schedule="hold"), pace("*", schedule="cosine -> 0")],
+            r"schedule of model.*pace\('\*', .* and pace\('ffn'",
+        ),
+        ([unfreeze("ffn", at="1%"), unfreeze("*", at="2%")], r"unfreeze of model"),
+        ([freeze("ffn"), unfreeze("*", at="2%")], r"unfreeze\('\*', at='2%'\) and a freeze"),
+        ([freeze("*")], r"no tensor to train"),
+        ([lambda param: Scales()], r"is not a rule"),
+    ],
+)
+def test_contradictions(rules: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        groups(llama(), rules, lr=1.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_paces_do_not_contradict() -> None:
+    rules = [pace("ffn", floor=0.1), pace("*.mlp.*", floor=0.1), unfreeze("ffn", at="2%"), unfreeze("*", at="2 %")]
+    assert all(group["unfreeze"] == "2%" for group in groups(llama(), rules, lr=1.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: pace("ffn"), "sets nothing"),
+        (lambda: pace("ffn", floor=1.5), "floor=1.5"),
+        (lambda: pace("ffn", schedule="wramup 2%"), "warmup"),
+        (lambda: unfreeze("ffn", at="soon"), "at='soon'"),
+        (lambda: unfreeze("ffn", at="10"), "has no unit"),
+        (lambda: scale("ffn", lr=-2), "lr=-2"),
+        (lambda: no_decay(), "names no tensor"),
+    ],
+)
+def test_rules_refuse_at_once(build: Callable[[], Rule], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "rule", [scale("router", lr=2), freeze("nothing.*"), pace("re:lora_B", floor=0.1), no_decay("wpe")]
+)
+def test_a_rule_that_matches_nothing(rule: Rule) -> None:
+    with pytest.raises(MatchError, match="matches no tensor") as caught:
+        groups(llama(), [rule], lr=1.0)
+    assert rule.text in str(caught.value)
+
+
+def test_a_rule_that_matches_frozen_tensors_only_warns() -> None:
+    model = llama()
+    model.get_parameter("lm_head.weight").requires_grad_(False)
+    with pytest.warns(MupaceWarning, match=r"scale\('head', lr=10.0\) matches frozen tensors only") as caught:
+        groups(model, [scale("head", lr=10)], lr=1.0)
+    assert caught[0].filename == __file__
+    with pytest.warns(MupaceWarning, match="frozen tensors only"):
+        groups(llama(), [freeze("head"), scale("head", lr=10)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups(model, [freeze("head"), scale("*", lr=10)], lr=1.0)
+
+
+def test_freezing() -> None:
+    model = llama()
+    rules = [freeze("model.layers.0"), freeze("embedding")]
+    made = groups(model, rules, lr=1.0)
+    placed = {name for group in made for name, _ in group["params"]}
+    assert all(tensor.requires_grad for tensor in model.parameters())  # groups() changed nothing
+    stopped = freeze_parameters(model, rules)
+    assert placed | set(stopped) == {name for name, _ in model.named_parameters()}
+    assert not placed & set(stopped)
+    assert {name for name, tensor in model.named_parameters() if not tensor.requires_grad} == set(stopped)
+    assert freeze_parameters(model, rules) == ()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    opt = torch.optim.AdamW(made)
+    loss_of(model).backward()
+    opt.step()
+    moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert moved == placed
+
+
+def test_a_table_older_than_its_model_is_refused() -> None:
+    model = llama()
+    table = param_table(model)
+    freeze_parameters(table, [freeze("head")])
+    with pytest.raises(StateError, match=r"older than the model: it says lm_head\.weight is trainable"):
+        groups(table, lr=1.0)
+    assert "lm_head.weight" not in lr_of(groups(model, lr=1.0))
+
+
+def test_the_largest_plain_group_comes_first() -> None:
+    rules = [scale("embedding", lr=0.5), scale("head", lr=10), pace("ffn", floor=0.1)]
+    made = groups(llama(), rules, lr=1.0, weight_decay=0.1)
+    assert [group["name"] for group in made[:2]] == ["attention", "no_decay"]
+    assert all(group["lr"] == 1.0 and "floor" not in group for group in made[:2])
+    assert not any(group["lr"] == 1.0 and "floor" not in group for group in made[2:])
+
+
+def test_group_names_tell_groups_apart() -> None:
+    rules = [scale("model.layers.0.mlp.up_proj", lr=0.5), scale("model.layers.0.mlp.gate_proj", lr=0.25)]
+    names = [group["name"] for group in groups(llama(), rules, lr=1.0, weight_decay=0.1)]
+    assert names == ["matrix", "no_decay", "ffn x0.25", "ffn x0.5"]
+
+
+def test_state_loads_with_weights_only() -> None:
+    rules = [pace("ffn", schedule="cosine -> 0", floor=0.1), unfreeze("embedding", at="10%"), layer_decay(0.9)]
+    model = llama()
+    opt = torch.optim.AdamW(groups(model, rules, lr=1e-3, weight_decay=0.1))
+    loss_of(model).backward()
+    opt.step()
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    plain = {"lr", "weight_decay", "name", "floor", "schedule", "unfreeze"}
+    for group, original in zip(state["param_groups"], opt.param_groups, strict=True):
+        assert {key: group.get(key) for key in plain} == {key: original.get(key) for key in plain}
+        assert all(type(group[key]) in (float, str) for key in plain & group.keys())
+    again = torch.optim.AdamW(groups(llama(), rules, lr=1e-3, weight_decay=0.1))
+    again.load_state_dict(state)
+    assert [group["param_names"] for group in again.param_groups] == [
+        group["param_names"] for group in opt.param_groups
+    ]
+
+
+def test_groups_can_be_added_later() -> None:
+    model = llama()
+    made = groups(model, [scale("head", lr=10)], lr=1e-3, weight_decay=0.1)
+    wanted = [(group["name"], group["lr"], [name for name, _ in group["params"]]) for group in made]
+    opt = torch.optim.AdamW(made[:1])
+    for group in made[1:]:
+        opt.add_param_group(group)  # takes the dict over: its params are bare tensors from here on
+    got = [(group["name"], group["lr"], group["param_names"]) for group in opt.param_groups]
+    assert got == wanted
+    assert sum(len(group["params"]) for group in opt.param_groups) == len(list(model.parameters()))
+
+
+def test_optimizer_leaves_the_groups_as_they_are() -> None:
+    made = groups(llama(), lr=1e-3)
+    before = [dict(group) for group in made]
+    optimizer("adamw", made)
+    optimizer("sgd", made)
+    assert made == before
+
+
+def test_overridden_tables_make_groups() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    table = param_table(model, {"1.weight": "head"})
+    assert lr_of(groups(table, [scale("head", lr=3)], lr=1.0))["1.weight"] == 3.0
+
+
+STEPS = {"adamw": {"lr": 1e-2}, "adam": {"lr": 1e-2}, "sgd": {"lr": 1e-1}, "muon": {"lr": 1e-2}}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_each_optimizer_trains_a_llama(name: str) -> None:
+    model = llama()
+    table = param_table(model)
+    opts = optimizer(name, groups(table, lr=STEPS[name]["lr"], weight_decay=0.1), table=table)
+    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
+    losses = []
+    for _ in range(5):
+        loss = loss_of(model)
+        loss.backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(before[key], tensor) for key, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_muon_takes_the_hidden_matrices_alone(family: str) -> None:
+    table = param_table(FAMILIES[family]())
+    made = groups(table, [scale("role:attention_*", lr=0.5)], lr=1e-2, weight_decay=0.1)
+    muon, rest = optimizer("muon", made, table=table, rest={"betas": (0.9, 0.95)})
+    taken = {name for group in muon.param_groups for name in group["param_names"]}
+    left = {name for group in rest.param_groups for name in group["param_names"]}
+    assert taken == {row.name for row in table if row.role in HIDDEN_MATRICES and len(row.shape) == 2}
+    assert taken | left == {row.name for row in table}
+    assert not taken & left
+    assert not {table[name].role for name in taken} & {"embedding", "head", "router", "norm", "bias", "position"}
+    names = [group["name"] for opt in (muon, rest) for group in opt.param_groups]
+    assert len(set(names)) == len(names)
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(rest, torch.optim.AdamW)
+    assert {group["adjust_lr_fn"] for group in muon.param_groups} == {"match_rms_adamw"}
+    assert {group["betas"] for group in rest.param_groups} == {(0.9, 0.95)}
+    rates = {**lr_of(made)}
+    assert all(
+        rates[name] == group["lr"]
+        for opt in (muon, rest)
+        for group in opt.param_groups
+        for name in group["param_names"]
+    )
+
+
+def test_muon_keeps_its_own_eps() -> None:
+    table = param_table(llama())
+    muon, rest = optimizer("muon", groups(table, lr=1e-2, eps=1e-12), table=table)
+    assert {group["eps"] for group in muon.param_groups} == {1e-7}
+    assert {group["eps"] for group in rest.param_groups} == {1e-12}
+
+
+def one_step(name: str, gradient: float, weight_decay: float = 0.0, **options: Any) -> torch.Tensor:
+    """The change of a weight of ones in one update."""
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.ones_(model.weight)
+    (opt,) = optimizer(name, groups(model, lr=0.1, weight_decay=weight_decay, eps=0.0), **options)
+    model.weight.grad = torch.full((2, 2), gradient)
+    opt.step()
+    return model.weight.detach() - 1.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_the_table_tells_how_updates_scale_with_gradients(name: str) -> None:
+    ratio = (one_step(name, 8.0) / one_step(name, 2.0)).mean()
+    assert float(ratio) == pytest.approx(4.0 ** OPTIMIZERS[name].gradient_power, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_the_table_tells_how_decay_is_coupled(name: str) -> None:
+    added = one_step(name, 2.0, weight_decay=0.5) - one_step(name, 2.0)
+    spec = OPTIMIZERS[name]
+    normalised_away = spec.decay == "coupled" and spec.gradient_power == 0  # with the gradient it joined
+    torch.testing.assert_close(added, torch.full((2, 2), 0.0 if normalised_away else -0.1 * 0.5))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_names_real_options(name: str) -> None:
+    spec = OPTIMIZERS[name]
+    table = param_table(llama())
+    opt = optimizer(name, groups(table, lr=1e-3), table=table)[0]
+    keys = opt.param_groups[0].keys()
+    assert {"lr", "weight_decay", spec.momentum, *spec.defaults} <= keys
+    assert spec.eps is None or spec.eps in keys
+
+
+def test_optimizer_errors() -> None:
+    made = groups(llama(), lr=1e-3)
+    with pytest.raises(ConfigError, match=r"optimizer='adamv' .*legal are adamw, adam, sgd, muon"):
+        optimizer("adamv", made)
+    with pytest.raises(ConfigError, match=r"option of adamw='beta' .*'betas'"):
+        optimizer("adamw", made, beta=0.9)
+    with pytest.raises(ConfigError, match="table is not given"):
+        optimizer("muon", made)
+    with pytest.raises(ConfigError, match="table has no"):
+        optimizer("muon", made, table=param_table(gpt2()))
+    with pytest.raises(ConfigError, match="there is no second optimizer"):
+        optimizer("sgd", made, rest={"betas": (0.9, 0.95)})
+    cnn = nn.Conv2d(1, 1, 1)
+    with pytest.raises(ConfigError, match="hold no 2-D tensor"):
+        optimizer("muon", groups(cnn, lr=1.0), table=param_table(cnn))
+
+
+def test_registering_an_optimizer() -> None:
+    try:
+        register_optimizer(
+            "radam", OptimizerSpec(path="torch.optim:RAdam", decay="coupled", momentum="betas", eps="eps")
+        )
+        (opt,) = optimizer("radam", groups(llama(), lr=1e-3))
+        assert isinstance(opt, torch.optim.RAdam)
+        register_optimizer("gone", OptimizerSpec(path="torch.optim:Gone", decay="coupled", momentum="betas"))
+        with pytest.raises(ConfigError, match=r"optimizer='gone': .*has no torch.optim:Gone"):
+            optimizer("gone", groups(llama(), lr=1e-3))
+        with pytest.raises(ConfigError, match="decay='both'"):
+            register_optimizer("odd", OptimizerSpec(path="a:b", decay="both", momentum="betas"))
+        odd = OptimizerSpec(path="a:b", decay="coupled", momentum="betas", rest="nothing")
+        with pytest.raises(ConfigError, match="rest='nothing'"):
+            register_optimizer("odd", odd)
+    finally:
+        OPTIMIZERS.pop("radam", None)
+        OPTIMIZERS.pop("gone", None)
