@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -643,6 +645,13 @@ def test_thousands_of_tensors_are_quick() -> None:
     assert len(table.select("role:ffn")) == 1200
     assert len(str(table).splitlines()) == 8
     assert time.perf_counter() - start < 10.0
+
+
+def test_the_page_about_parameters_runs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "parameters.md"
+    result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert result.attempted > 10
+    assert result.failed == 0
 
 
 def test_importing_the_table_imports_no_torch() -> None:

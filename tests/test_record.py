@@ -108,9 +108,7 @@ def test_seq_carries_on_over_any_number_of_reopenings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "torn", [b"{", b'{"type":"update","seq":9,"text":"' + b"y" * 200_000, b'{"type":"end","seq":4}']
 )
-def test_a_torn_tail_is_cut_and_reported_and_nothing_earlier_is_lost(
-    tmp_path: Path, whole: int, torn: bytes
-) -> None:
+def test_a_torn_tail_is_cut_and_reported_and_nothing_earlier_is_lost(tmp_path: Path, whole: int, torn: bytes) -> None:
     with Record(tmp_path) as record:
         for step in range(whole):
             record.write("update", step=step + 1)
@@ -169,10 +167,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 64 KiB."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]).returncode
-    ):
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]).returncode:
         pytest.skip("mounting a tmpfs needs root: the size-limit test covers a short write without it")
     yield mount
     subprocess.run(["umount", str(mount)], check=True)
@@ -357,9 +352,7 @@ def test_a_failing_sink_is_dropped_once_and_the_others_carry_on(tmp_path: Path) 
     keeping = Keeping()
     with Record(tmp_path, sinks=[Failing(after=1), keeping]) as record:
         update(record, 1)
-        with pytest.warns(
-            MupaceWarning, match="sink Failing failed and was dropped: RuntimeError: tracker is down$"
-        ):
+        with pytest.warns(MupaceWarning, match="sink Failing failed and was dropped: RuntimeError: tracker is down$"):
             update(record, 2)
         update(record, 3)
     assert [row["step"] for row in keeping.rows] == [1, 2, 3]

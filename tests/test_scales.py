@@ -98,6 +98,8 @@ def by_name(made: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 RULES = (
+    scale("*", lr=0.3),
+    scale("*", lr=0.37),
     scale("head", lr=10),
     scale("role:attention_*", lr=0.9, weight_decay=2),
     scale("*norm*", lr=0.3),
@@ -187,6 +189,8 @@ def test_layer_decay_makes_two_groups_a_layer_at_most() -> None:
     made = groups(llama(num_hidden_layers=6), [layer_decay(0.9)], lr=1.0, weight_decay=0.1)
     assert len(made) == 1 + 2 * 6  # embedding; matrices and norms of each block, the last with norm and head
     assert {"embedding", "block.0 matrix", "block.4 no_decay", "block.5..output matrix"} <= by_name(made).keys()
+    bert = by_name(groups(FAMILIES["bert"](), [layer_decay(0.9)], lr=1.0, weight_decay=0.1))
+    assert {"embedding", "input no_decay", "block.0 matrix", "block.1..output no_decay"} <= bert.keys()
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.5, math.nan, "0.5"])
@@ -383,7 +387,7 @@ def test_the_largest_plain_group_comes_first() -> None:
 def test_group_names_tell_groups_apart() -> None:
     rules = [scale("model.layers.0.mlp.up_proj", lr=0.5), scale("model.layers.0.mlp.gate_proj", lr=0.25)]
     names = [group["name"] for group in groups(llama(), rules, lr=1.0, weight_decay=0.1)]
-    assert names == ["matrix", "no_decay", "ffn x0.25", "ffn x0.5"]
+    assert names == ["matrix", "no_decay", "block.0 ffn x0.25", "block.0 ffn x0.5"]
 
 
 def test_state_loads_with_weights_only() -> None:

@@ -17,8 +17,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import partial
+from numbers import Integral
+from numbers import Real as Real_
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -43,6 +45,7 @@ _WORDS: dict[str, tuple[Unit, int]] = {
 }  # fmt: skip
 _POWERS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _SPAN = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)(e[+-]?[0-9]+)?\s*([kKMBGT]?)\s*(%|[a-zA-Z]*)\s*$")
+_LONGEST = 10**18  # beyond it even an update count in float64 has no meaning
 _LEGAL = 'a number with its unit, such as "2%", "500 steps", "1.5B tokens", "10k samples", "3 epochs", "90 min"'
 
 
@@ -51,7 +54,7 @@ class Span:
     """A length with its unit.
 
     Args:
-        value: the length, finite and >= 0; at most 1 for a fraction.
+        value: the length, 0 to 1e18; at most 1 for a fraction.
         unit: one of step, token, sample, epoch, second, fraction (of the horizon).
 
     >>> Span.parse("1.5B tokens"), str(Span.parse("2%")), str(Span.parse("2_000 steps"))
@@ -64,19 +67,21 @@ class Span:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise one_of("unit", self.unit, UNITS)
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+        if isinstance(self.value, bool) or not isinstance(self.value, Real_):
             raise ConfigError(f"span value {self.value!r} is not a number: legal is {_LEGAL}")
-        if not math.isfinite(self.value) or self.value < 0:
-            raise ConfigError(f"span {self.value} {self.unit}: a length is finite and not negative")
+        if not 0 <= self.value <= _LONGEST:
+            raise ConfigError(f"a length is finite and not negative, given {self.value:.6g} {self.unit}s")
         if self.unit == "fraction" and self.value > 1:
-            raise ConfigError(f"span {self.value * 100:g}%: a fraction of the run is at most 100%")
+            raise ConfigError(f"a fraction of the run is at most 100%, given {self.value * 100:.6g}%")
+        plain = int(self.value) if isinstance(self.value, Integral) else float(self.value)
+        object.__setattr__(self, "value", plain)  # numpy's numbers are neither JSON nor shown as numbers
 
     @classmethod
     def parse(cls, text: str | Span, argument: str = "span") -> Span:
         """Read a length as people write it.
 
         Raises:
-            ConfigError: no unit, an unknown unit, or not a number; the message names `argument`.
+            ConfigError: no unit, an unknown unit, not a number, or outside the range; the message names `argument`.
         """
         if isinstance(text, Span):
             return text
@@ -86,18 +91,20 @@ class Span:
         if found is None:
             raise ConfigError(f"{argument}={text!r} is not a length: write {_LEGAL}")
         digits, exponent, power, word = found.groups()
-        try:
-            number = Decimal(digits.replace("_", "") + (exponent or "")) * _POWERS[power]
-        except InvalidOperation:
-            raise ConfigError(f"{argument}={text!r} is not a length: write {_LEGAL}") from None
-        if word == "%":
-            return cls(float(number) / 100, "fraction")
         if not word:
             raise ConfigError(f"{argument}={text!r} has no unit: write {_LEGAL}")
-        if word not in _WORDS:
+        if word != "%" and word not in _WORDS:
             raise one_of(f"the unit in {argument}", word, _WORDS)
-        unit, factor = _WORDS[word]
-        return cls(_plain(number * factor), unit)
+        try:
+            number = Decimal(digits.replace("_", "") + (exponent or "")) * _POWERS[power]
+            if word == "%":
+                return cls(float(number) / 100, "fraction")
+            unit, factor = _WORDS[word]
+            return cls(_plain(number * factor), unit)
+        except ArithmeticError:
+            raise ConfigError(f"{argument}={text!r} is not a length: write {_LEGAL}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{argument}={text!r}: {error}") from None
 
     def __str__(self) -> str:
         if self.unit == "fraction":
@@ -110,6 +117,8 @@ class Span:
 
 def _plain(number: Decimal) -> float:
     """An int where the number is whole (counts stay exact), else a float."""
+    if number > _LONGEST:
+        raise ConfigError(f"a length is at most {_LONGEST:.0e} in its unit")
     return int(number) if number == number.to_integral_value() else float(number)
 
 
@@ -199,7 +208,7 @@ class Horizon:
         for name in ("tokens_per_step", "samples_per_step"):
             set_(name, _ramp(name, getattr(self, name)))
         for name in ("tokens_per_sample", "samples_per_epoch", "steps_per_epoch", "seconds_per_step"):
-            _positive(name, getattr(self, name), whole=name != "seconds_per_step")
+            set_(name, _positive(name, getattr(self, name), whole=name != "seconds_per_step"))
         self._derive(set_)
         if self.total.unit == "fraction" or self.total.value == 0:
             raise ConfigError(
@@ -217,15 +226,17 @@ class Horizon:
             derived = _scaled(samples, seq)
             if tokens is not None and tokens != derived:
                 raise ConfigError(
-                    f"tokens_per_step={tokens} contradicts samples_per_step={samples} · tokens_per_sample={seq}"
+                    f"tokens_per_step={_shown(tokens)} contradicts samples_per_step={_shown(samples)} "
+                    f"· tokens_per_sample={seq}; legal is to give two of the three"
                 )
             set_("tokens_per_step", derived)
-        elif seq is not None and isinstance(tokens, int):
-            if tokens % seq:
+        elif seq is not None and tokens is not None:
+            if any(size % seq for size in _sizes(tokens)):
                 raise ConfigError(
-                    f"tokens_per_step={tokens} is not a whole number of samples of tokens_per_sample={seq}"
+                    f"tokens_per_step={_shown(tokens)} is not a whole number of samples of tokens_per_sample={seq}"
                 )
-            set_("samples_per_step", tokens // seq)
+            set_("samples_per_step", _divided(tokens, seq))
+        self._refuse_two_ramps()
         if self.samples_per_epoch is not None and isinstance(self.samples_per_step, int):
             derived = math.ceil(self.samples_per_epoch / self.samples_per_step)
             if self.steps_per_epoch not in (None, derived):
@@ -233,6 +244,14 @@ class Horizon:
                     f"steps_per_epoch={self.steps_per_epoch} contradicts ceil(samples_per_epoch/samples_per_step)={derived}"
                 )
             set_("steps_per_epoch", derived)
+
+    def _refuse_two_ramps(self) -> None:
+        tokens, samples = self.tokens_per_step, self.samples_per_step
+        if isinstance(tokens, tuple) and isinstance(samples, tuple) and [a for a, _ in tokens] != [a for a, _ in samples]:
+            raise ConfigError(
+                "tokens_per_step and samples_per_step grow at different positions; "
+                "legal is to give one of them with tokens_per_sample="
+            )
 
     def _layout(self) -> _Table:
         """Per unit, the positions of the rate changes and the rate after each; "step" holds their step numbers."""
@@ -280,8 +299,12 @@ class Horizon:
     def _rates(self, unit: Unit) -> tuple[Array, Array]:
         if unit in self._table:
             return self._table[unit]
-        needs = {"token": "tokens_per_step", "sample": "samples_per_step", "second": "seconds_per_step"}[unit]
-        raise ConfigError(f"a length in {unit}s on an axis of {self.total.unit}s needs {needs}=, which is not given")
+        needs = {"token": "tokens_per_step", "sample": "samples_per_step", "second": "seconds_per_step"}
+        if unit not in needs:
+            raise one_of("unit", unit, UNITS)
+        raise ConfigError(
+            f"converting between {unit}s and steps needs {needs[unit]}=, which is not given (total={str(self.total)!r})"
+        )
 
     def to_steps(self, x: Real, unit: Unit) -> Any:
         """The position `x`, in `unit` from the start, as a (fractional) number of updates; scalar or array."""
@@ -311,13 +334,21 @@ class Horizon:
             return np.multiply(x, self.length)
         return self.from_steps(self.to_steps(x, unit), self.axis)
 
+    def _elsewhere(self, place: Real, unit: Unit) -> Any:
+        """A position on the axis, in another unit."""
+        if unit == self.axis:
+            return place
+        if unit == "fraction":
+            return np.divide(place, self.length)
+        return self.from_steps(self.to_steps(place, self.axis), unit)
+
     def advance(self, start: float, span: Span) -> float:
         """The axis position at the end of `span` when it begins at axis position `start`."""
         if span.unit == self.axis:
             return start + span.value
         if span.unit == "fraction":
             return start + span.value * self.length
-        begin = self.from_steps(self.to_steps(start, self.axis), span.unit)
+        begin = self._elsewhere(start, span.unit)
         return float(self.position(begin + span.value, span.unit))
 
     def retreat(self, end: float, span: Span) -> float:
@@ -326,7 +357,7 @@ class Horizon:
             return end - span.value
         if span.unit == "fraction":
             return end - span.value * self.length
-        finish = self.from_steps(self.to_steps(end, self.axis), span.unit)
+        finish = self._elsewhere(end, span.unit)
         return float(self.position(finish - span.value, span.unit))
 
     def clock(self, step: int) -> Clock:
@@ -348,7 +379,10 @@ class Horizon:
         if unit not in UNITS:
             raise one_of("unit", unit, UNITS)
         given = Span.parse(span)
-        return float(self.from_steps(self.to_steps(given.value, given.unit), unit))
+        if given.unit == unit:
+            return float(given.value)
+        place = self.position(given.value, given.unit)
+        return float(self._elsewhere(place, unit))
 
     def replace_total(self, total: Span | str) -> Horizon:
         """The same rates with another end."""
@@ -390,22 +424,24 @@ def batch_tokens(*, micro: int, accumulate: int, workers: int, seq_len: int) -> 
     return samples, samples * seq_len
 
 
-def _positive(name: str, value: float | None, whole: bool = True) -> None:
+def _positive(name: str, value: Any, whole: bool = True) -> Any:
+    """The value as a plain int (or float), refused when it is not positive."""
     if value is None:
-        return
-    kinds = (int, np.integer) if whole else (int, float, np.number)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0 or not math.isfinite(value):
+        return None
+    kind = Integral if whole else Real_
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= _LONGEST:  # type: ignore[operator]
         raise ConfigError(f"{name}={value!r}: legal is a positive {'whole ' if whole else ''}number")
+    return int(value) if whole else float(value)  # type: ignore[arg-type]
 
 
 def _ramp(name: str, given: Any) -> int | Ramp | None:
     """A batch as one number, or as pairs (where from, size) with growing starts."""
     if not isinstance(given, (list, tuple)):
-        _positive(name, given)
-        return None if given is None else int(given)
-    pairs = tuple((Span.parse(at, name), size) for at, size in cast("Sequence[tuple[Any, int]]", given))
-    for at, size in pairs:
-        _positive(name, size)
+        return cast("int | None", _positive(name, given))
+    if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[1] is None for pair in given):
+        raise ConfigError(f"{name}={given!r}: a growing batch is pairs such as ('0 tokens', 131072)")
+    pairs = tuple((Span.parse(at, name), _positive(name, size)) for at, size in cast("Sequence[tuple[Any, int]]", given))
+    for at, _ in pairs:
         if at.unit not in ("step", "token", "sample"):
             raise ConfigError(f"{name}: a batch starts at steps, tokens or samples, not at {str(at)!r}")
     if not pairs or pairs[0][0].value != 0:
@@ -420,18 +456,27 @@ def _scaled(batch: int | Ramp, factor: int) -> int | Ramp:
     return batch * factor if isinstance(batch, int) else tuple((at, size * factor) for at, size in batch)
 
 
+def _divided(batch: int | Ramp, by: int) -> int | Ramp:
+    return batch // by if isinstance(batch, int) else tuple((at, size // by) for at, size in batch)
+
+
+def _sizes(batch: int | Ramp) -> list[int]:
+    return [batch] if isinstance(batch, int) else [size for _, size in batch]
+
+
 def _shown(batch: int | Ramp | None) -> str:
-    return "a growing batch" if isinstance(batch, tuple) else str(batch)
+    return str([(str(at), size) for at, size in batch]) if isinstance(batch, tuple) else str(batch)
 
 
 def _start_steps(ramp: Ramp, unit: Unit, per_sample: int | None) -> list[int]:
     """The update at which each batch size takes over: the first one at or after the written position."""
-    steps, done = [0], 0.0
+    steps, done = [0], 0
     for (_, rate), (at, _) in itertools.pairwise(ramp):
         if at.unit == "step":
             n = math.ceil(at.value) - steps[-1]
         else:
             n = math.ceil((_same_unit(at, unit, per_sample) - done) / rate)
+        n = max(n, 0)  # two sizes that take over within one update: the later one
         steps.append(steps[-1] + n)
         done += n * rate
     return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from mupace.params.roles import ROLES
@@ -19,8 +20,8 @@ def unique_names(
 ) -> list[str]:
     """One readable name for each part of the table, no two alike.
 
-    A name is a role or a family of roles (`attention`, `matrix`, `no_decay`); parts that would share it get
-    their place (`block.3 matrix`), then their lr factor (`matrix x0.5`), then a number.
+    A name is a role or a family of roles (`attention`, `matrix`, `no_decay`). Parts that share a role with
+    another get their place (`block.3 matrix`); what is still alike, its lr factor (`ffn x0.5`), then a number.
 
     Args:
         parts: the tensors of each group.
@@ -32,19 +33,26 @@ def unique_names(
     if len(parts) == 1:
         return ["all"]
     names = [_what(part, undecayed) for part, undecayed in zip(parts, plain, strict=True)]
-    names = _told_apart(names, [_where(part, table) for part in parts], before=True)
-    names = _told_apart(names, [_factor(value, bases) for value in values], before=False)
-    return _told_apart(names, [f"#{i}" for i in range(len(names))], before=False)
+    shared = _shared_roles(parts)
+    where = [_where(part, table) if shared & {row.role for row in part} else "" for part in parts]
+    names = [f"{place} {name}".strip() for place, name in zip(where, names, strict=True)]
+    names = _told_apart(names, [_factor(value, bases) for value in values])
+    return _told_apart(names, [f"#{i}" for i in range(len(names))])
 
 
-def _told_apart(names: list[str], marks: list[str], *, before: bool) -> list[str]:
+def _shared_roles(parts: Sequence[Sequence[Param]]) -> set[str]:
+    """Roles that occur in more than one part."""
+    count = Counter(role for part in parts for role in {row.role for row in part})
+    return {role for role, parts_with_it in count.items() if parts_with_it > 1}
+
+
+def _told_apart(names: list[str], marks: list[str]) -> list[str]:
     """Names with a mark where several are the same and their marks are not."""
     marks_of: dict[str, set[str]] = {}
     for name, mark in zip(names, marks, strict=True):
         marks_of.setdefault(name, set()).add(mark)
     return [
-        name if len(marks_of[name]) == 1 else (f"{mark} {name}" if before else f"{name} {mark}").strip()
-        for name, mark in zip(names, marks, strict=True)
+        name if len(marks_of[name]) == 1 else f"{name} {mark}".strip() for name, mark in zip(names, marks, strict=True)
     ]
 
 
@@ -61,17 +69,19 @@ def _family(roles: set[str]) -> str:
         return ordered[0]
     if all(role.startswith("attention") for role in ordered):
         return "attention"
+    if roles <= {"embedding", "position"}:
+        return "embedding"
     if roles <= _MATRICES:
         return "matrix"
     return "norm+bias" if roles <= _VECTORS else "mixed"
 
 
 def _where(part: Sequence[Param], table: ParamTable) -> str:
-    """`block.3`, `block.2..output`, `encoder.block.0`; empty when the part has gaps."""
+    """`block.3`, `block.2..output`, `encoder.block.0`; empty for a part that has gaps or is everywhere."""
     deepest = max(table.depths.values(), default=0)
     spots = {_spot(row, deepest) for row in part}
     low, high = min(spots), max(spots)
-    if len(spots) != high - low + 1:
+    if len(spots) != high - low + 1 or spots == {_spot(row, deepest) for row in table}:
         return ""
     first, last = _label(low, deepest), _label(high, deepest)
     stacks = {row.stack for row in part}

@@ -1,6 +1,8 @@
 
 "use strict";
 (() => {
+  const controls = document.querySelector(".controls");
+  if (!controls) return; // a record without a number to draw
   const data = JSON.parse(document.getElementById("data").textContent);
   const state = { unit: "step", log: false, hidden: new Set() };
   let plots = [];
@@ -30,7 +32,7 @@
     const [mantissa, exponent] = v.toExponential(3).split("e");
     return +mantissa + "e" + exponent;
   }
-  const reading = (chart, v) => (chart.rates ? rate(v) : Math.abs(v) >= 1e4 ? short(v) : String(+v.toPrecision(4)));
+  const reading = (chart, v) => (chart.rates ? rate(v) : Math.abs(v) >= 1e4 ? short(v) : v.toPrecision(4));
 
   function table(chart) {
     const frame = [[0, place(data.end)], [null, null]]; // holds the x axis at the whole run
@@ -235,8 +237,6 @@
     plots = data.charts.map(build);
   }
 
-  const controls = document.querySelector(".controls");
-  if (!controls) return;
   controls.hidden = false;
   document.getElementById("unit").hidden = !data.clock;
   document.getElementById("unit").addEventListener("change", (event) => { state.unit = event.target.value; rebuild(); });

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mupace.errors import ConfigError, StateError
 
-__all__ = ["CurveLike", "plot_curves"]
+__all__ = ["CurveLike", "draw_curves", "plot_curves"]
 
 Floats = NDArray[np.float64]
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -66,34 +66,40 @@ def plot_curves(
             matplotlib is not installed.
         StateError: the file cannot be written.
     """
-    target = _checked(curves, path, peaks)
+    target = Path(path)
+    if target.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"path={str(path)!r} has suffix {target.suffix!r}: legal are {', '.join(SUFFIXES)}")
+    _save(draw_curves(curves, title, peaks), target)
+
+
+def draw_curves(
+    curves: Mapping[str, CurveLike], title: str | None = None, peaks: Mapping[str, float] | None = None
+) -> Any:
+    """The picture of `plot_curves` as a matplotlib Figure, to be drawn on or shown in a notebook."""
+    _check(curves, peaks)
     figure = _new_figure()
     axes = figure.add_subplot()
     lines = _evaluate(curves)
+    names = _names(lines, peaks)
     _style(axes, lines)
     _draw(axes, lines)
     _mark_warmups(axes, lines)
     _mark_ends(axes, lines)
-    names = _names(lines, peaks)
     if len(lines) > 1:
         _label(axes, lines, names)
     _right_axis(axes, peaks)
     heading = title if title is not None else names[0] if len(lines) == 1 else None
     if heading:
         axes.set_title(heading, loc="left", fontsize=11, color=_INK, pad=12, parse_math=False)
-    _save(figure, target)
+    return figure
 
 
-def _checked(curves: Mapping[str, CurveLike], path: str | os.PathLike[str], peaks: Mapping[str, float] | None) -> Path:
-    target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"path={str(path)!r} has suffix {target.suffix!r}: legal are {', '.join(SUFFIXES)}")
+def _check(curves: Mapping[str, CurveLike], peaks: Mapping[str, float] | None) -> None:
     if not curves:
         raise ConfigError("curves={} has nothing to draw: give one curve or more")
     for label in peaks or {}:
         if label not in curves:
             raise ConfigError(f"peaks[{label!r}] has no curve: legal are {', '.join(map(repr, curves))}")
-    return target
 
 
 def _new_figure() -> Any:
@@ -190,7 +196,7 @@ def _mark_warmups(axes: Any, lines: list[_Line]) -> None:
     for level, (x, owners) in enumerate(sorted(by_end.items())):
         colour = owners[0].colour if len(by_end) > 1 else _SOFT
         axes.axvline(x, color=colour, linewidth=0.9, linestyle=(0, (1, 2.2)), zorder=2)
-        text = f"warmup ends at {x:,.10g}"
+        text = f"warmup ends at {x:,.10g}" if x < 1e6 else f"warmup ends at {short(x)}"
         place = {"xy": (x, 0), "xycoords": ("data", "axes fraction"), "xytext": (5, 6 + 13 * level)}
         axes.annotate(text, **place, textcoords="offset points", fontsize=8.5, color=colour, zorder=5, **_halo())
 

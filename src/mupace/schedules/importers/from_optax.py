@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 from mupace.errors import ConfigError, one_of
 from mupace.schedules.importers.from_function import from_function
-from mupace.schedules.importers.parts import Imported, Part, bound, hold, ramp, stairs, steps_horizon
+from mupace.schedules.importers.parts import (
+    Imported,
+    Part,
+    bound,
+    fitted,
+    hold,
+    ramp,
+    stairs,
+    steps_horizon,
+    tabled,
+)
 from mupace.units import Horizon, Span
 
 Scales = Mapping[int, float]
@@ -34,13 +43,17 @@ def _polynomial(
     if power < 0:
         raise ConfigError(f"power={power!r}: legal is 0 or more")
     shape = {"shape": "linear"} if power == 1 else {"shape": "poly", "p": float(power)}
-    fall = ramp(n=transition_steps, a=init_value, b=end_value, **shape)  # type: ignore[arg-type]
+    fall = ramp(n=transition_steps, a=init_value, b=end_value, **shape)
     return [hold(init_value, max(0, transition_begin)), fall]
 
 
 def _linear(*, init_value: float, end_value: float, transition_steps: int, transition_begin: int = 0) -> list[Part]:
     return _polynomial(
-        init_value=init_value, end_value=end_value, power=1, transition_steps=transition_steps, transition_begin=transition_begin
+        init_value=init_value,
+        end_value=end_value,
+        power=1,
+        transition_steps=transition_steps,
+        transition_begin=transition_begin,
     )
 
 
@@ -61,8 +74,10 @@ def _exponential(
     staircase: bool = False,
     end_value: float | None = None,
 ) -> list[Part]:
-    if transition_steps <= 0 or decay_rate in (0, 1):
-        return [hold(init_value if end_value is None or decay_rate == 0 else max(init_value, end_value))]
+    if transition_steps <= 0 or decay_rate == 0:
+        return [hold(init_value)]
+    if decay_rate == 1 or init_value == 0:
+        return [hold(init_value if end_value is None else _clipped(init_value, end_value, decay_rate))]
     if decay_rate < 0:
         raise ConfigError(f"decay_rate={decay_rate!r}: legal is 0 or more")
     if end_value is not None and (init_value <= end_value) == (decay_rate < 1):
@@ -72,9 +87,14 @@ def _exponential(
     return [hold(init_value, max(0, transition_begin)), body, *([] if end_value is None else [hold(end_value)])]
 
 
+def _clipped(value: float, end: float, rate: float) -> float:
+    """optax's rule: a bound from below for a decay, from above otherwise."""
+    return max(value, end) if rate < 1 else min(value, end)
+
+
 def _until(a: float, end: float | None, rate: float, steps: int, staircase: bool) -> float | None:
     """After how many steps the value has reached `end`."""
-    if end is None or end == 0:
+    if end is None or end <= 0:
         return None
     spans = math.log(end / a) / math.log(rate)
     return float(math.ceil(spans - 1e-12) * steps) if staircase else spans * steps
@@ -120,7 +140,9 @@ def _linear_onecycle(
         int(pct_final * transition_steps): 1.0 / div_factor,
         transition_steps: 1.0 / final_div_factor,
     }
-    return _piecewise_interpolate(interpolate_type="linear", init_value=peak_value / div_factor, boundaries_and_scales=edges)
+    return _piecewise_interpolate(
+        interpolate_type="linear", init_value=peak_value / div_factor, boundaries_and_scales=edges
+    )
 
 
 def _cosine_onecycle(
@@ -132,7 +154,9 @@ def _cosine_onecycle(
     final_div_factor: float = 1e4,
 ) -> list[Part]:
     edges = {int(pct_start * transition_steps): div_factor, transition_steps: 1.0 / (div_factor * final_div_factor)}
-    return _piecewise_interpolate(interpolate_type="cosine", init_value=peak_value / div_factor, boundaries_and_scales=edges)
+    return _piecewise_interpolate(
+        interpolate_type="cosine", init_value=peak_value / div_factor, boundaries_and_scales=edges
+    )
 
 
 def _warmup_constant(*, init_value: float, peak_value: float, warmup_steps: int) -> list[Part]:
@@ -201,15 +225,16 @@ def from_optax(
     """
     if callable(schedule):
         if total is None:
-            raise ConfigError("total=None: an optax schedule does not say its length; legal is for instance '1000 steps'")
+            raise ConfigError(
+                "total=None: an optax schedule does not say its length; legal is for instance '1000 steps'"
+            )
         return from_function(lambda i: float(schedule(i)), total=total, source="optax schedule")
     if schedule not in RECIPES:
         raise one_of("schedule", schedule, RECIPES)
     _check_keywords(schedule, given)
     parts = RECIPES[schedule](**given)
     horizon, n = steps_horizon(_length(schedule, parts) if total is None else total, schedule)
-    parts = [_grown(p, n) for p in parts]
-    curve, peak = bound(parts, horizon, f"optax {schedule}", peak=0.0)
+    curve, peak = bound(_grown(parts, n), horizon, f"optax {schedule}", peak=0.0)
     return Imported(source=f"optax {schedule}", curves=(curve,), peaks=(peak,))
 
 
@@ -234,13 +259,15 @@ def _length(name: str, parts: Sequence[Part]) -> Span:
     return Span(math.ceil(sum(n for n in lengths if n is not None)), "step")
 
 
-def _grown(part: Part, n: int) -> Part:
-    """A part that grows without an end of its own, given one, so that its highest value is known."""
-    length = float(n if part.n is None else min(part.n, n))
+def _grown(parts: Sequence[Part], total: int) -> list[Part]:
+    """Parts that grow without an end of their own, given one, so that their highest value in the run is known."""
+    return [_ended(part, travelled) for part, _, travelled in fitted(parts, total)]
+
+
+def _ended(part: Part, n: float) -> Part:
     if part.shape == "decay" and part.args["tau"] < 0:
-        return Part(shape="exp", n=length, a=part.a, b=part.a * math.exp(-length / part.args["tau"]))
+        return Part(shape="exp", n=n, a=part.a, b=part.a * math.exp(-n / part.args["tau"]))
     if part.shape == "step" and part.args["factor"] > 1:
         factor, every = part.args["factor"], part.args["every"]
-        values = tuple(part.a * factor ** math.floor(i / every) for i in range(int(length) + 1))
-        return replace(part, shape="table", n=float(len(values) - 1), args={"values": values})
+        return tabled(lambda i: float(part.a * factor ** math.floor(i / every)), 0, math.ceil(n))
     return part

@@ -100,8 +100,7 @@ def _cosine_warmup(
     if warmup_lr_rate is None or num_warmup_steps == 0:
         return [_warmup(num_warmup_steps), _waves(left, min_lr_rate, num_cycles)]
     if num_warmup_steps == 1:  # the one update of the warmup is at its start, and the decay at the next
-        start = [hold(warmup_lr_rate, 1.5), _waves(left, min_lr_rate, num_cycles, skip=0.5)]
-        return start
+        return [hold(warmup_lr_rate, 1.5), _waves(left, min_lr_rate, num_cycles, skip=0.5)]
     rise = ramp("linear", num_warmup_steps - 1, warmup_lr_rate, 1.0)
     return [hold(warmup_lr_rate, 1.0), rise, _waves(left, min_lr_rate, num_cycles)]
 
@@ -189,7 +188,9 @@ def keywords(recipe: Recipe) -> tuple[set[str], set[str]]:
     return {p.name for p in params}, {p.name for p in params if p.default is p.empty}
 
 
-def from_transformers(name: str, *, num_training_steps: int | None = None, base_lr: float | None = None, **given: Any) -> Imported:
+def from_transformers(
+    name: str, *, num_training_steps: int | None = None, base_lr: float | None = None, **given: Any
+) -> Imported:
     """The curve of `transformers.get_scheduler(name, …)`.
 
     Args:
@@ -257,7 +258,9 @@ def _floors(name: str, base_lr: float | None, given: dict[str, Any]) -> None:
 
 def _needs_base(name: str, keyword: str, base_lr: float | None) -> float:
     if base_lr is None or not base_lr > 0:
-        raise ConfigError(f"{name}: base_lr={base_lr!r}; legal is the optimizer's positive learning rate, {keyword} is relative to it")
+        raise ConfigError(
+            f"{name}: base_lr={base_lr!r}; legal is the optimizer's positive learning rate, {keyword} is relative to it"
+        )
     return float(base_lr)
 
 

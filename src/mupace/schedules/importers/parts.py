@@ -58,22 +58,26 @@ class Imported:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A phase in learning rates: `n` axis units of `shape` from `a` to `b`; n None goes on to the end of the run."""
+    """A phase in learning rates: `n` axis units of `shape` from `a` to `b`.
+
+    n None goes on to the end of the run; `until` leaves it before its nominal end.
+    """
 
     shape: str
     n: float | None
     a: float
     b: float | None = None
+    until: float | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def highest(self) -> float:
         """The largest value it takes (growing steps have none: they are imported as tables)."""
-        return max(self.a, self.b or 0.0, *self.args.get("values", (0.0,)))
+        return float(max(self.a, self.b or 0.0, *self.args.get("values", (0.0,))))
 
     @property
     def lowest(self) -> float:
-        return min(self.a, self.a if self.b is None else self.b, *self.args.get("values", (self.a,)))
+        return float(min(self.a, self.a if self.b is None else self.b, *self.args.get("values", (self.a,))))
 
 
 def hold(value: float, n: float | None = None) -> Part:
@@ -107,9 +111,10 @@ def fitted(parts: Sequence[Part], length: float) -> list[tuple[Part, float, floa
         if left <= 1e-9 * length:
             break
         n = left if part.n is None else part.n
-        if n > 0:
-            found.append((part, n, min(n, left)))
-            x += n
+        stop = min(n if part.until is None else part.until, left)
+        if stop > 0:
+            found.append((part, n, stop))
+            x += stop
     return found
 
 
@@ -176,7 +181,9 @@ def steps_horizon(total: Span | str | Horizon, source: str) -> tuple[Horizon, in
     """
     horizon = total if isinstance(total, Horizon) else Horizon(total=Span.parse(total, "total"))
     if horizon.total.unit != "step" or horizon.length != int(horizon.length):
-        raise ConfigError(f"total={str(horizon.total)!r}: {source} counts scheduler steps; legal is for instance '1000 steps'")
+        raise ConfigError(
+            f"total={str(horizon.total)!r}: {source} counts scheduler steps; legal is for instance '1000 steps'"
+        )
     return horizon, int(horizon.length)
 
 
@@ -189,19 +196,6 @@ def whole(name: str, value: Any, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < least:
         raise ConfigError(f"{name}={value!r}: legal is a whole number, {least} or more")
     return int(value)
-
-
-def accepted(name: str, given: Mapping[str, Any], legal: Sequence[str]) -> None:
-    """Refuse keywords that the original does not take.
-
-    Raises:
-        ConfigError: naming the nearest legal keyword.
-    """
-    from mupace.errors import one_of
-
-    for key in given:
-        if key not in legal:
-            raise one_of(f"{name} keyword", key, legal)
 
 
 def long_note(parts: Sequence[Part]) -> tuple[str, ...]:

@@ -1,0 +1,5 @@
+"""`python -m mupace`."""
+
+from mupace.cli import main
+
+main()

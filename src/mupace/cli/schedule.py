@@ -1,0 +1,200 @@
+"""`mupace schedule`."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from mupace.errors import ConfigError
+from mupace.schedules import PRESETS, Curve, batch_scaled, cosine, noam, noam_peak, preset, retotal, wsd
+from mupace.schedules import schedule as build
+from mupace.units import Horizon, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_TOTAL = "100_000 steps"  # the run of Vaswani et al., arXiv 1706.03762, section 5.2 (base model)
+
+
+def schedule(
+    texts: Annotated[list[str] | None, Parameter(name="text")] = None,
+    /,
+    *,
+    total: str = DEFAULT_TOTAL,
+    tokens_per_step: int | None = None,
+    samples_per_step: int | None = None,
+    tokens_per_sample: int | None = None,
+    samples_per_epoch: int | None = None,
+    preset_: Annotated[list[str] | None, Parameter(name="--preset")] = None,
+    presets: bool = False,
+    config: Path | None = None,
+    peak: float | None = None,
+    floor: float | None = None,
+    d_model: int = 512,
+    rows: int = 20,
+    plot: Path | None = None,
+    out: Annotated[Path | None, Parameter(name="--csv")] = None,
+    at: int | None = None,
+    new_total: str | None = None,
+    rule: Literal["hold", "redecay", "stretch"] = "hold",
+    scale_batch: str | None = None,
+    batch_rule: Literal["linear", "sqrt", "none"] = "sqrt",
+    critical: float | None = None,
+) -> None:
+    """Show schedules: as a table, as a picture, several compared.
+
+    Without a text it compares Noam, cosine and WSD and draws them to schedules.png.
+
+    Parameters
+    ----------
+    texts
+        Schedules, such as "warmup 2% | hold 78% | sqrt 20% -> 0"; several are compared.
+    total
+        Length of the run with its unit: "2000 steps", "1.2B tokens", "3 epochs".
+    tokens_per_step
+        Tokens that one update consumes; converts tokens and updates.
+    samples_per_step
+        The global batch size; converts samples and updates.
+    tokens_per_sample
+        The sequence length.
+    samples_per_epoch
+        The size of the data set; converts epochs.
+    preset_
+        A stage's preset instead of (or beside) a text; may be repeated.
+    presets
+        List the presets with their sources, and stop.
+    config
+        Take the schedule, batch and peak from a run's TOML file.
+    peak
+        Peak learning rate: adds a column of learning rates.
+    floor
+        Land on this fraction of the peak instead of the written end.
+    d_model
+        Model width in Noam's peak, d_model^-0.5 * warmup^-0.5.
+    rows
+        Rows of the table.
+    plot
+        Draw to this PNG or SVG file.
+    out
+        Write every update's factor (and learning rate) to this CSV file.
+    at
+        Preview a change of the horizon after this many updates: the curve before and after.
+    new_total
+        The new length of the run, with AT.
+    rule
+        How the curve follows: hold (the stable phase goes on), redecay (the last phase anew), stretch.
+    scale_batch
+        "256:1024": scale the peak from batch 256 to batch 1024, by BATCH-RULE, capped at CRITICAL.
+    batch_rule
+        How the peak follows the batch size.
+    critical
+        Critical batch size, above which a larger batch earns no larger rate.
+    """
+    if presets:
+        _list_presets()
+        return
+    rates = {
+        "tokens_per_step": tokens_per_step,
+        "samples_per_step": samples_per_step,
+        "tokens_per_sample": tokens_per_sample,
+        "samples_per_epoch": samples_per_epoch,
+    }
+    horizon = Horizon(total=Span.parse(total, "--total"), **rates)
+    curves, peaks = _curves(texts or [], preset_ or [], config, horizon, floor, d_model)
+    peak = _scaled_peak(peak, scale_batch, batch_rule, critical)
+    if peak is not None:
+        peaks = dict.fromkeys(curves, peak)
+    if new_total is not None or at is not None:
+        curves |= _replanned(curves, at, new_total, rule)
+        peaks = dict.fromkeys(curves, peak) if peak is not None else {}
+    for name, curve in curves.items():
+        print(f"{name}\n{curve.table(rows, peaks.get(name))}\n")
+    if plot is None and not (texts or preset_ or config):
+        plot = Path("schedules.png")
+    if plot is not None:
+        _draw(curves, plot, peaks)
+    if out is not None:
+        _write_csv(curves, out, peaks)
+
+
+def _curves(
+    texts: list[str], names: list[str], config: Path | None, horizon: Horizon, floor: float | None, d_model: int
+) -> tuple[dict[str, Curve], dict[str, float]]:
+    """What to show, by name, and the peaks that are known."""
+    curves = {text: build(text, total=horizon, floor=floor) for text in texts}
+    curves |= {f"{n}: {preset(n).text}": build(preset(n).text, total=horizon, floor=floor) for n in names}
+    peaks = {f"{n}: {preset(n).text}": p for n in names if (p := preset(n).peak) is not None}
+    if config is not None:
+        from mupace.cli.settings import load_config
+
+        run = load_config(config, [])
+        curve = run.curve(horizon.samples_per_epoch)
+        curves[str(curve.schedule)], peaks[str(curve.schedule)] = curve, run.optimizer.lr
+    if curves:
+        return curves, peaks
+    warmup = "4000 steps"
+    default = {
+        f"Noam (d_model {d_model}, peak {noam_peak(d_model, 4000):.3g})": noam(warmup),
+        "cosine": cosine(warmup, floor=0.1),
+        "WSD": wsd(warmup),
+    }
+    return {name: build(s, total=horizon) for name, s in default.items()}, {}
+
+
+def _scaled_peak(peak: float | None, change: str | None, rule: str, critical: float | None) -> float | None:
+    if change is None:
+        return peak
+    old, colon, new = change.partition(":")
+    if peak is None or not colon or not (old.strip().isdigit() and new.strip().isdigit()):
+        raise ConfigError(
+            f"--scale-batch {change!r}: legal is OLD:NEW with --peak, such as --peak 3e-4 --scale-batch 256:1024"
+        )
+    scaled = batch_scaled(peak, base=int(old), batch=int(new), rule=rule, critical=critical)  # type: ignore[arg-type]
+    print(f"peak {peak:g} at batch {old} -> {scaled:g} at batch {new} ({rule})\n")
+    return scaled
+
+
+def _replanned(curves: Mapping[str, Curve], at: int | None, total: str | None, rule: str) -> dict[str, Curve]:
+    """The same curves after a change of the horizon, with the rate on both sides of it printed."""
+    if at is None or total is None:
+        raise ConfigError("--at and --new-total go together, such as --at 500 --new-total '2000 steps' --rule hold")
+    found = {}
+    for name, curve in curves.items():
+        new = retotal(curve, total, at, rule)  # type: ignore[arg-type]
+        before, after = curve.updates(at, at + 1)[0], new.updates(at, at + 1)[0]
+        print(f"{name}: at update {at}, total {curve.horizon.total} -> {new.horizon.total} by {rule}:")
+        print(f"  factor {before:.6f} -> {after:.6f}   ({new.schedule})\n")
+        found[f"{name} [{rule}]"] = new
+    return found
+
+
+def _draw(curves: dict[str, Curve], path: Path, peaks: dict[str, float]) -> None:
+    from mupace.schedules.plot import plot_curves
+
+    plot_curves(curves, path, peaks=peaks or None)
+    print(f"drawn: {path}")
+
+
+def _write_csv(curves: Mapping[str, Curve], path: Path, peaks: Mapping[str, float]) -> None:
+    """One row per update, one column per curve; the file appears whole."""
+    import os
+
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    longest = max(c.steps for c in curves.values())
+    columns = [c.updates(0, longest) * peaks.get(name, 1.0) for name, c in curves.items()]
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["update", *curves])
+        writer.writerows([i, *(repr(float(c[i])) for c in columns)] for i in range(longest))
+    os.replace(part, path)
+    print(f"written: {path} ({longest} updates)", file=sys.stderr)
+
+
+def _list_presets() -> None:
+    for name, p in PRESETS.items():
+        peak = "transfer it from a proxy" if p.peak is None else f"{p.peak:g}"
+        print(f"{name}  [{p.stage}]\n  {p.text}\n  peak: {peak}\n  source: {p.source}\n")

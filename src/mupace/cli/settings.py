@@ -1,0 +1,46 @@
+"""What several commands share: reading a config with changes from the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mupace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mupace.trainer.config import RunConfig
+
+
+def load_config(path: Path, changes: Sequence[str]) -> RunConfig:
+    """A config file with `key=value` changes, values read as TOML (a bare word is a string)."""
+    from mupace.trainer.config import RunConfig, read_toml
+
+    values = read_toml(path)
+    config = RunConfig.parse(values)
+    return config.replace(dict(change(text) for text in changes)) if changes else config
+
+
+def change(text: str) -> tuple[str, Any]:
+    """`optimizer.lr=1e-3` -> ("optimizer.lr", 0.001).
+
+    >>> change("optimizer.lr=1e-3"), change("schedule.total=500 steps")
+    (('optimizer.lr', 0.001), ('schedule.total', '500 steps'))
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: legal is key=value, such as optimizer.lr=1e-3")
+    return key.strip(), toml_value(value.strip())
+
+
+def toml_value(text: str) -> Any:
+    """A TOML value; what is not one is taken as a string."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
