@@ -1,4 +1,4 @@
-"""The parameter table: roles, blocks, ties, selectors, text, errors."""
+"""The parameter table: roles, blocks, ties, overrides, errors."""
 
 from __future__ import annotations
 
@@ -7,112 +7,16 @@ import doctest
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
+from families import FAMILIES, gpt2, llama, on_meta, t5
 from mupace.errors import ConfigError, MatchError
 from mupace.params import MODULES, ROLES, Param, ParamTable, param_table, register_module
-
-LLAMA_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-BERT_SIZES = {key: value for key, value in LLAMA_SIZES.items() if key != "num_key_value_heads"}
-MOE_SIZES = {**LLAMA_SIZES, "moe_intermediate_size": 16}
-SEQ2SEQ_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}
-VIT_SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
-
-
-def llama(**changes: Any) -> nn.Module:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA_SIZES, **changes}))
-
-
-def gpt2() -> nn.Module:
-    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
-
-
-def t5() -> nn.Module:
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    )
-
-
-def clip() -> nn.Module:
-    text = {**BERT_SIZES, "projection_dim": 16}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=VIT_SIZES, projection_dim=16))
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "llama": llama,
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA_SIZES)),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA_SIZES, head_dim=8, tie_word_embeddings=True)),
-    "gpt2": gpt2,
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**BERT_SIZES)),
-    "t5": t5,
-    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA_SIZES, num_local_experts=4)),
-    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**MOE_SIZES, head_dim=8, num_experts=4)),
-    "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**LLAMA_SIZES, head_dim=8, num_local_experts=4)),
-    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT_SIZES, num_labels=5)),
-    "opt": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(
-            vocab_size=64,
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-        )
-    ),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**LLAMA_SIZES)),
-    "whisper": lambda: hf.WhisperForConditionalGeneration(hf.WhisperConfig(**SEQ2SEQ_SIZES)),
-    "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**SEQ2SEQ_SIZES)),
-    "clip": clip,
-    "mamba": lambda: hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
-    ),
-    "convnext": lambda: hf.ConvNextForImageClassification(
-        hf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 2], num_stages=2)
-    ),
-}
-
-
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.device("meta"):
-        return build()
 
 
 def places(table: ParamTable) -> dict[str, tuple[str, int | None, str | None]]:
@@ -526,88 +430,6 @@ def test_unknown_classes_are_known_by_their_attributes() -> None:
     table = param_table(nn.ModuleDict({"thing": MyProjection(), "q_proj": MyProjection()}))
     assert table["thing.weight"].role == "linear"
     assert table["q_proj.weight"].role == "attention_q"
-
-
-@pytest.mark.parametrize(
-    ("selector", "count"),
-    [
-        ("embedding", 1),
-        ("role:attention_*", 8),
-        ("role:attention_q", 2),
-        ("norm", 5),
-        ("model.layers.0.*", 9),
-        ("model.layers.0", 9),
-        ("*.self_attn.q_proj.weight", 2),
-        ("re:layers\\.[01]\\.mlp", 6),
-        ("lm_head.weight", 1),
-        ("lm_head", 1),
-        ("*", 21),
-    ],
-)
-def test_selectors(selector: str, count: int) -> None:
-    table = param_table(on_meta(llama))
-    chosen = table.select(selector)
-    assert len(chosen) == count
-    assert [row.name for row in chosen] == [row.name for row in table if row in chosen.rows]
-
-
-def test_a_path_is_no_prefix_of_a_name() -> None:
-    deep = param_table(on_meta(lambda: llama(num_hidden_layers=11)))
-    assert {row.block for row in deep.select("model.layers.1")} == {1}  # and not 10
-
-
-@pytest.mark.parametrize(
-    ("selector", "message"),
-    [
-        ("model.layers.9.mlp", "near it are model.layers"),
-        ("*.q_porj.weight", "q_proj"),
-        ("re:lora_B", "matches no tensor"),
-        ("role:atention_q", "roles in this table are embedding, attention_q"),
-        ("router", "roles in this table are"),
-    ],
-)
-def test_a_selector_that_matches_nothing(selector: str, message: str) -> None:
-    with pytest.raises(MatchError, match="matches no tensor") as caught:
-        param_table(on_meta(llama)).select(selector)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_tied_head_is_named_when_it_is_asked_for() -> None:
-    with pytest.raises(MatchError, match=r"lm_head.weight is tied to transformer.wte.weight, role embedding"):
-        param_table(on_meta(gpt2)).select("head")
-
-
-@pytest.mark.parametrize("selector", ["", "  ", "re:["])
-def test_malformed_selectors(selector: str) -> None:
-    with pytest.raises(ConfigError):
-        param_table(on_meta(llama)).select(selector)
-
-
-def test_unknown_names() -> None:
-    with pytest.raises(MatchError, match=r"near it are lm_head\.weight"):
-        param_table(on_meta(llama))["lm_heat.weight"]
-
-
-def test_text_folds_layers() -> None:
-    lines = str(param_table(on_meta(lambda: llama(num_hidden_layers=4)))).splitlines()
-    assert [line.split() for line in lines[:3]] == [
-        ["name", "role", "shape", "count"],
-        ["model.embed_tokens.weight", "embedding", "(64,", "32)"],
-        ["model.layers.{0..3}.self_attn.q_proj.weight", "attention_q", "(32,", "32)", "x4"],
-    ]
-    assert len(lines) == 1 + 12 + 1
-    assert lines[-1] == "39 tensors, 35_104 parameters, all trainable"
-
-
-def test_text_never_claims_a_tensor_that_is_not_there() -> None:
-    table = param_table(on_meta(FAMILIES["convnext"]))  # layers {0.0, 1.0, 1.1} are no full grid
-    text = str(table)
-    assert "convnext.encoder.stages.{0..1}.layers.0.dwconv.weight" in text
-    assert "convnext.encoder.stages.1.layers.1.dwconv.weight" in text
-    assert "stages.{0..1}.layers.{0..1}" not in text
-    assert "tied to lm_head.weight" in str(param_table(on_meta(gpt2)))
-    assert "frozen" in str(param_table(on_meta(FAMILIES["whisper"])))
 
 
 def test_odd_inputs() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mupace
 from mupace.errors import ConfigError, StateError
 from mupace.record import Record, Run, read
 from mupace.report import report
@@ -472,6 +473,54 @@ def test_a_replan_changes_the_plan_from_its_step_on(tmp_path: Path) -> None:
     assert unknown.plan_x[-1] == pytest.approx(60)
     assert unknown.deviation is not None
     assert unknown.deviation < 1e-15
+
+
+def paced_run(directory: Path, total: str, **changes: Any) -> Run:
+    """The record of a real pacer over groups with paces of their own, extended and given a new peak on the way."""
+    import torch
+
+    from mupace.pacer import Pacer
+
+    texts = [{}, {"floor": 0.2}, {"schedule": "hold 50% | linear -> 0"}, {"unfreeze": "20%", "rewarm": "10 steps"}]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "name": f"g{i}", "lr": 0.1 * (i + 1), **own}
+        for i, own in enumerate(texts)
+    ]
+    optimizer = torch.optim.SGD(groups)
+    curve = mupace.schedule("warmup 10% | hold | sqrt 30% -> 0", total=total, tokens_per_step=512)
+    pacer = Pacer(optimizer, curve)
+    rows = [
+        {"name": g["name"], "lr": 0.1 * (i + 1), **own} for i, (g, own) in enumerate(zip(groups, texts, strict=True))
+    ]
+    with Record(directory) as record:
+        head = {**plan_of(curve), "total": total, "tokens_per_step": 512, "groups": rows, "sample": curve.sample}
+        record.write("run", **{**head, **changes})
+        for i in range(1, 151):
+            lr = dict(zip(pacer.names, map(float, pacer.get_last_lr()), strict=True))
+            optimizer.zero_grad()
+            optimizer.step()
+            pacer.step()
+            record.write("update", step=i, token=i * 512, lr=lr)
+            if i == 60:
+                pacer.set_peak({"g0": 0.07}, reason="by hand")
+            if i == 65:
+                pacer.extend("150 steps" if total.endswith("steps") else "76_800 tokens")
+            if i in (60, 65):
+                record.write("replan", **pacer.journal[-1])
+    return read(directory)
+
+
+@pytest.mark.parametrize("total", ["100 steps", "51_200 tokens"])
+def test_a_real_pacer_takes_exactly_what_was_planned(tmp_path: Path, total: str) -> None:
+    found = traces(paced_run(tmp_path / "a", total))
+    assert [trace.names for trace in found] == [("g0",), ("g1",), ("g2",), ("g3",)]
+    for trace in found:
+        assert trace.exact
+        assert trace.plan_x[-1] == 150
+        assert trace.deviation is not None
+        assert trace.deviation < 1e-15
+    wrong = traces(paced_run(tmp_path / "b", total, sample="start"))  # the negative control: another sampling rule
+    assert all(t.deviation is not None and t.deviation > 1e-3 for t in wrong)
 
 
 def test_decimation_keeps_every_extreme_and_both_ends() -> None:

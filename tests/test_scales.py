@@ -1,4 +1,4 @@
-"""Rules, factors, param groups and the optimizers built from them."""
+"""Rules, factors and param groups."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from families import TRAINED, gpt2, llama, loss_of, lr_of
 from mupace.errors import ConfigError, MatchError, MupaceWarning, StateError
-from mupace.optimizers import HIDDEN_MATRICES, OPTIMIZERS, OptimizerSpec, optimizer, register_optimizer
+from mupace.optimizers import optimizer
 from mupace.params import param_table
 from mupace.scales import (
     ROLE_POLICY,
@@ -36,61 +37,6 @@ from mupace.scales import (
 )
 
 torch.set_num_threads(1)
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def llama(**changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **changes}))
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
-
-
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    "llama": llama,
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8)),
-    "gpt2": gpt2,
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    ),
-    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)),
-    "vit": lambda: hf.ViTForImageClassification(
-        hf.ViTConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=4,
-            num_labels=5,
-        )
-    ),
-}
-
-
-def loss_of(model: nn.Module) -> torch.Tensor:
-    tokens = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))
-    loss: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
-    return loss
-
-
-def lr_of(made: list[dict[str, Any]]) -> dict[str, float]:
-    return {name: group["lr"] for group in made for name, _ in group["params"]}
 
 
 def by_name(made: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -112,9 +58,9 @@ RULES = (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_every_trainable_tensor_is_in_exactly_one_group(family: str) -> None:
-    model = FAMILIES[family]()
+    model = TRAINED[family]()
     made = groups(model, [layer_decay(0.8), *role_policy()], lr=1e-3, weight_decay=0.1)
     placed = [id(tensor) for group in made for _, tensor in group["params"]]
     trainable = [id(tensor) for tensor in model.parameters() if tensor.requires_grad]
@@ -124,11 +70,11 @@ def test_every_trainable_tensor_is_in_exactly_one_group(family: str) -> None:
     assert all(named[name] is tensor for group in made for name, tensor in group["params"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_without_rules_there_are_two_groups(family: str) -> None:
-    made = groups(FAMILIES[family](), lr=1e-3, weight_decay=0.1)
+    made = groups(TRAINED[family](), lr=1e-3, weight_decay=0.1)
     assert [(group["name"], group["weight_decay"]) for group in made] == [("matrix", 0.1), ("no_decay", 0.0)]
-    assert [(group["name"]) for group in groups(FAMILIES[family](), lr=1e-3)] == ["all"]
+    assert [(group["name"]) for group in groups(TRAINED[family](), lr=1e-3)] == ["all"]
 
 
 def test_no_decay_is_what_it_says() -> None:
@@ -178,7 +124,7 @@ def test_layer_decay_counts_each_stack_on_its_own() -> None:
 
 
 def test_layer_decay_of_bert_slows_its_embedding_norm_too() -> None:
-    rates = lr_of(groups(FAMILIES["bert"](), [layer_decay(0.5)], lr=8.0))
+    rates = lr_of(groups(TRAINED["bert"](), [layer_decay(0.5)], lr=8.0))
     assert rates["bert.embeddings.LayerNorm.weight"] == 2.0
     assert rates["bert.embeddings.position_embeddings.weight"] == 2.0
     assert rates["bert.encoder.layer.0.output.dense.weight"] == 4.0
@@ -189,7 +135,7 @@ def test_layer_decay_makes_two_groups_a_layer_at_most() -> None:
     made = groups(llama(num_hidden_layers=6), [layer_decay(0.9)], lr=1.0, weight_decay=0.1)
     assert len(made) == 1 + 2 * 6  # embedding; matrices and norms of each block, the last with norm and head
     assert {"embedding", "block.0 matrix", "block.4 no_decay", "block.5..output matrix"} <= by_name(made).keys()
-    bert = by_name(groups(FAMILIES["bert"](), [layer_decay(0.9)], lr=1.0, weight_decay=0.1))
+    bert = by_name(groups(TRAINED["bert"](), [layer_decay(0.9)], lr=1.0, weight_decay=0.1))
     assert {"embedding", "input no_decay", "block.0 matrix", "block.1..output no_decay"} <= bert.keys()
 
 
@@ -435,128 +381,3 @@ def test_overridden_tables_make_groups() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     table = param_table(model, {"1.weight": "head"})
     assert lr_of(groups(table, [scale("head", lr=3)], lr=1.0))["1.weight"] == 3.0
-
-
-STEPS = {"adamw": {"lr": 1e-2}, "adam": {"lr": 1e-2}, "sgd": {"lr": 1e-1}, "muon": {"lr": 1e-2}}
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_each_optimizer_trains_a_llama(name: str) -> None:
-    model = llama()
-    table = param_table(model)
-    opts = optimizer(name, groups(table, lr=STEPS[name]["lr"], weight_decay=0.1), table=table)
-    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
-    losses = []
-    for _ in range(5):
-        loss = loss_of(model)
-        loss.backward()
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(before[key], tensor) for key, tensor in model.named_parameters())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_muon_takes_the_hidden_matrices_alone(family: str) -> None:
-    table = param_table(FAMILIES[family]())
-    made = groups(table, [scale("role:attention_*", lr=0.5)], lr=1e-2, weight_decay=0.1)
-    muon, rest = optimizer("muon", made, table=table, rest={"betas": (0.9, 0.95)})
-    taken = {name for group in muon.param_groups for name in group["param_names"]}
-    left = {name for group in rest.param_groups for name in group["param_names"]}
-    assert taken == {row.name for row in table if row.role in HIDDEN_MATRICES and len(row.shape) == 2}
-    assert taken | left == {row.name for row in table}
-    assert not taken & left
-    assert not {table[name].role for name in taken} & {"embedding", "head", "router", "norm", "bias", "position"}
-    names = [group["name"] for opt in (muon, rest) for group in opt.param_groups]
-    assert len(set(names)) == len(names)
-    assert isinstance(muon, torch.optim.Muon)
-    assert isinstance(rest, torch.optim.AdamW)
-    assert {group["adjust_lr_fn"] for group in muon.param_groups} == {"match_rms_adamw"}
-    assert {group["betas"] for group in rest.param_groups} == {(0.9, 0.95)}
-    rates = {**lr_of(made)}
-    assert all(
-        rates[name] == group["lr"]
-        for opt in (muon, rest)
-        for group in opt.param_groups
-        for name in group["param_names"]
-    )
-
-
-def test_muon_keeps_its_own_eps() -> None:
-    table = param_table(llama())
-    muon, rest = optimizer("muon", groups(table, lr=1e-2, eps=1e-12), table=table)
-    assert {group["eps"] for group in muon.param_groups} == {1e-7}
-    assert {group["eps"] for group in rest.param_groups} == {1e-12}
-
-
-def one_step(name: str, gradient: float, weight_decay: float = 0.0, **options: Any) -> torch.Tensor:
-    """The change of a weight of ones in one update."""
-    model = nn.Linear(2, 2, bias=False)
-    nn.init.ones_(model.weight)
-    (opt,) = optimizer(name, groups(model, lr=0.1, weight_decay=weight_decay, eps=0.0), **options)
-    model.weight.grad = torch.full((2, 2), gradient)
-    opt.step()
-    return model.weight.detach() - 1.0
-
-
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_the_table_tells_how_updates_scale_with_gradients(name: str) -> None:
-    ratio = (one_step(name, 8.0) / one_step(name, 2.0)).mean()
-    assert float(ratio) == pytest.approx(4.0 ** OPTIMIZERS[name].gradient_power, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_the_table_tells_how_decay_is_coupled(name: str) -> None:
-    added = one_step(name, 2.0, weight_decay=0.5) - one_step(name, 2.0)
-    spec = OPTIMIZERS[name]
-    normalised_away = spec.decay == "coupled" and spec.gradient_power == 0  # with the gradient it joined
-    torch.testing.assert_close(added, torch.full((2, 2), 0.0 if normalised_away else -0.1 * 0.5))
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_table_names_real_options(name: str) -> None:
-    spec = OPTIMIZERS[name]
-    table = param_table(llama())
-    opt = optimizer(name, groups(table, lr=1e-3), table=table)[0]
-    keys = opt.param_groups[0].keys()
-    assert {"lr", "weight_decay", spec.momentum, *spec.defaults} <= keys
-    assert spec.eps is None or spec.eps in keys
-
-
-def test_optimizer_errors() -> None:
-    made = groups(llama(), lr=1e-3)
-    with pytest.raises(ConfigError, match=r"optimizer='adamv' .*legal are adamw, adam, sgd, muon"):
-        optimizer("adamv", made)
-    with pytest.raises(ConfigError, match=r"option of adamw='beta' .*'betas'"):
-        optimizer("adamw", made, beta=0.9)
-    with pytest.raises(ConfigError, match="table is not given"):
-        optimizer("muon", made)
-    with pytest.raises(ConfigError, match="table has no"):
-        optimizer("muon", made, table=param_table(gpt2()))
-    with pytest.raises(ConfigError, match="there is no second optimizer"):
-        optimizer("sgd", made, rest={"betas": (0.9, 0.95)})
-    cnn = nn.Conv2d(1, 1, 1)
-    with pytest.raises(ConfigError, match="hold no 2-D tensor"):
-        optimizer("muon", groups(cnn, lr=1.0), table=param_table(cnn))
-
-
-def test_registering_an_optimizer() -> None:
-    try:
-        register_optimizer(
-            "radam", OptimizerSpec(path="torch.optim:RAdam", decay="coupled", momentum="betas", eps="eps")
-        )
-        (opt,) = optimizer("radam", groups(llama(), lr=1e-3))
-        assert isinstance(opt, torch.optim.RAdam)
-        register_optimizer("gone", OptimizerSpec(path="torch.optim:Gone", decay="coupled", momentum="betas"))
-        with pytest.raises(ConfigError, match=r"optimizer='gone': .*has no torch.optim:Gone"):
-            optimizer("gone", groups(llama(), lr=1e-3))
-        with pytest.raises(ConfigError, match="decay='both'"):
-            register_optimizer("odd", OptimizerSpec(path="a:b", decay="both", momentum="betas"))
-        odd = OptimizerSpec(path="a:b", decay="coupled", momentum="betas", rest="nothing")
-        with pytest.raises(ConfigError, match="rest='nothing'"):
-            register_optimizer("odd", odd)
-    finally:
-        OPTIMIZERS.pop("radam", None)
-        OPTIMIZERS.pop("gone", None)

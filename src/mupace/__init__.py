@@ -25,9 +25,40 @@ from mupace.schedules import Curve, Phase, Schedule, schedule
 from mupace.units import Clock, Horizon, Span
 
 if TYPE_CHECKING:
+    from mupace.checks import preflight
+    from mupace.optimizers import optimizer
     from mupace.pacer import Pacer
+    from mupace.params import ParamTable, param_table
+    from mupace.scales import (
+        Rule,
+        freeze,
+        freeze_parameters,
+        groups,
+        layer_decay,
+        no_decay,
+        pace,
+        role_policy,
+        scale,
+        unfreeze,
+    )
 
-_LAZY = {"Pacer": "mupace.pacer"}
+_LAZY = {
+    "Pacer": "mupace.pacer",
+    "ParamTable": "mupace.params",
+    "Rule": "mupace.scales",
+    "freeze": "mupace.scales",
+    "freeze_parameters": "mupace.scales",
+    "groups": "mupace.scales",
+    "layer_decay": "mupace.scales",
+    "no_decay": "mupace.scales",
+    "optimizer": "mupace.optimizers",
+    "pace": "mupace.scales",
+    "param_table": "mupace.params",
+    "preflight": "mupace.checks",
+    "role_policy": "mupace.scales",
+    "scale": "mupace.scales",
+    "unfreeze": "mupace.scales",
+}
 
 __all__ = [
     "CheckpointError",
@@ -40,12 +71,26 @@ __all__ = [
     "MupaceError",
     "MupaceWarning",
     "Pacer",
+    "ParamTable",
     "Phase",
+    "Rule",
     "Schedule",
     "Span",
     "StateError",
     "__version__",
+    "freeze",
+    "freeze_parameters",
+    "groups",
+    "layer_decay",
+    "no_decay",
+    "optimizer",
+    "pace",
+    "param_table",
+    "preflight",
+    "role_policy",
+    "scale",
     "schedule",
+    "unfreeze",
 ]
 
 

@@ -121,7 +121,7 @@ def optimizer(
         return [_build(name, spec, groups, options)]
     if table is None:
         raise ConfigError(
-            f"table is not given: {name} needs it to tell matrices apart, write table=mupace.params(model)"
+            f"table is not given: {name} needs it to tell matrices apart, write table=mupace.param_table(model)"
         )
     mine, others = _split(spec, groups, table)
     if not mine:

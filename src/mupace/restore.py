@@ -1,13 +1,19 @@
-"""A pacer's state: saving it, comparing a saved plan with the present one, restoring."""
+"""A pacer's state: saving it, comparing a saved plan with the present one, restoring.
+
+The state is flat, with the same three keys always: a checkpointer that takes nested state apart by its keys
+(torch.distributed.checkpoint) would otherwise lose what a fresh object does not have yet.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mupace.errors import StateError
-from mupace.lanes import GroupSpec
+from mupace.lanes import OWN, GroupSpec
 from mupace.schedules import Curve
 
 if TYPE_CHECKING:
@@ -15,20 +21,21 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+_CLOSE = 1e-6  # relative: a peak read from a float32 tensor is the one that was written as a float
 
 
 def dump(pacer: Pacer) -> dict[str, Any]:
-    """The clock, the plan and the journal, as JSON-able values."""
-    return {
-        "format": FORMAT,
-        "last_epoch": pacer._n,
+    """The clock, the plan and the journal: {"format", "last_epoch", "pacer": JSON text}."""
+    inner = {
         "clock": None if pacer._clock is None else pacer._clock.to_dict(),
         "planned": pacer._planned.to_dict(),
+        "planned_fields": {name: c.to_dict() for name, c in pacer._planned_fields.items()},
         "curve": pacer.curve.to_dict(),
         "fields": {name: c.to_dict() for name, c in pacer.fields.items()},
         "groups": [spec.to_dict() for spec in pacer.groups],
-        "journal": [dict(row) for row in pacer.journal],
+        "journal": pacer.journal,
     }
+    return {"format": FORMAT, "last_epoch": pacer.last_epoch, "pacer": json.dumps(inner, allow_nan=False)}
 
 
 def load(pacer: Pacer, state: Mapping[str, Any]) -> None:
@@ -40,8 +47,12 @@ def load(pacer: Pacer, state: Mapping[str, Any]) -> None:
         return
     if state["format"] != FORMAT:
         raise StateError(f"pacer state format={state['format']!r}; this version reads {FORMAT}")
-    verdict = reconcile(pacer, state, [GroupSpec.from_dict(g) for g in state["groups"]])
-    pacer._restore(state, verdict)
+    try:
+        inner = json.loads(state["pacer"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise StateError(f"pacer state cannot be read: {e!r}; legal is what state_dict() gave") from None
+    saved = [GroupSpec.from_dict(g) for g in inner["groups"]]
+    pacer._restore(int(state["last_epoch"]), inner, reconcile(pacer, inner, saved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,17 @@ def reconcile(pacer: Pacer, state: Mapping[str, Any], saved: Sequence[GroupSpec]
             f"the checkpoint's plan is not this one: {difference}; legal are on_mismatch='checkpoint' (follow the saved "
             "plan) and 'config' (follow this one from the saved position)"
         )
-    return Verdict(pacer.on_mismatch == "checkpoint", specs, difference)
+    if pacer.on_mismatch == "config":  # the plan is ours; when a group joined is history
+        specs = [_since(pacer, now, then.since) for now, then in zip(pacer.groups, specs, strict=True)]
+        return Verdict(False, specs, difference)
+    return Verdict(True, specs, difference)
+
+
+def _since(pacer: Pacer, spec: GroupSpec, since: int) -> GroupSpec:
+    if spec.since == since:
+        return spec
+    moved = replace(spec, since=since)
+    return moved if spec.rewarm is None else moved.placed(pacer.curve, float(pacer.curve.horizon.position(since, "step")))
 
 
 def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
@@ -80,7 +101,7 @@ def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
         )
         raise StateError(
             f"the checkpoint paces the groups {', '.join(names)}; this optimizer has {', '.join(here)} (first difference: "
-            f"{missing[0]})"
+            f"{missing[0]}); a group that was added during the run is added again before the load"
         )
     if len(set(names)) < len(names):
         return list(saved)
@@ -90,20 +111,26 @@ def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
 
 def _difference(pacer: Pacer, state: Mapping[str, Any], saved: Sequence[GroupSpec]) -> str:
     """The first difference between the plans, in words; empty when there is none."""
-    planned = Curve.from_dict(state["planned"])
-    if planned != pacer._planned:
-        here = pacer._planned
-        if planned.schedule != here.schedule:
-            return f"schedule {str(planned.schedule)!r} was saved, {str(here.schedule)!r} is given"
+    planned, here = Curve.from_dict(state["planned"]), pacer._planned
+    if planned.schedule != here.schedule:
+        return f"schedule {str(planned.schedule)!r} was saved, {str(here.schedule)!r} is given"
+    if planned.horizon != here.horizon:
         return f"horizon {planned.horizon.to_dict()} was saved, {here.horizon.to_dict()} is given"
-    if state["fields"] != {name: c.to_dict() for name, c in pacer.fields.items()}:
-        return f"fields {sorted(state['fields'])} were saved with other curves than {sorted(pacer.fields)} have"
-    changed = any(row["rule"] == "set_peak" for row in state["journal"])
+    if planned.floor != here.floor:
+        return f"floor={planned.floor} was saved, {here.floor} is given"
+    then_fields = {name: Curve.from_dict(c) for name, c in state["planned_fields"].items()}
+    if then_fields != pacer._planned_fields:
+        return f"fields {_shown(then_fields)} were saved, {_shown(pacer._planned_fields)} are given"
     for then, now in zip(saved, pacer.groups, strict=True):
-        for key in ("schedule", "floor", "unfreeze", "rewarm"):
+        for key in OWN:
             if getattr(then, key) != getattr(now, key):
                 return f"group {now.name!r}: {key}={getattr(then, key)!r} was saved, {getattr(now, key)!r} is given"
-        for field, value in then.base.items():
-            if value != now.base.get(field) and not (changed and field == "lr"):
-                return f"group {now.name!r}: {field}={value!r} was saved, {now.base.get(field)!r} is given"
+        for field, value in then.planned.items():
+            given = now.planned.get(field)
+            if given is None or not any(math.isclose(given, x, rel_tol=_CLOSE) for x in (value, then.base[field])):
+                return f"group {now.name!r}: {field}={value!r} was saved, {given!r} is given"
     return ""
+
+
+def _shown(fields: Mapping[str, Curve]) -> str:
+    return str({name: str(c.schedule) for name, c in fields.items()})

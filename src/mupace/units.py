@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from decimal import Decimal
 from functools import partial
-from numbers import Integral
-from numbers import Real as Real_
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -67,14 +66,14 @@ class Span:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise one_of("unit", self.unit, UNITS)
-        if isinstance(self.value, bool) or not isinstance(self.value, Real_):
-            raise ConfigError(f"span value {self.value!r} is not a number: legal is {_LEGAL}")
-        if not 0 <= self.value <= _LONGEST:
-            raise ConfigError(f"a length is finite and not negative, given {self.value:.6g} {self.unit}s")
-        if self.unit == "fraction" and self.value > 1:
-            raise ConfigError(f"a fraction of the run is at most 100%, given {self.value * 100:.6g}%")
-        plain = int(self.value) if isinstance(self.value, Integral) else float(self.value)
-        object.__setattr__(self, "value", plain)  # numpy's numbers are neither JSON nor shown as numbers
+        value: Any = self.value
+        if not is_number(value):
+            raise ConfigError(f"span value {value!r} is not a number: legal is {_LEGAL}")
+        if not 0 <= value <= _LONGEST:
+            raise ConfigError(f"a length is 0 to {_LONGEST:.0e}, not {value!r:.40} {self.unit}s")
+        if self.unit == "fraction" and value > 1:
+            raise ConfigError(f"a fraction of the run is at most 100%, not {value * 100:.6g}%")
+        object.__setattr__(self, "value", plain_number(value))
 
     @classmethod
     def parse(cls, text: str | Span, argument: str = "span") -> Span:
@@ -115,10 +114,20 @@ class Span:
         return f"{_short(self.value)} {self.unit}{plural}"
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number (numpy's too); True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def plain_number(value: Any) -> float:
+    """The same number as a plain int or float: numpy's are neither JSON nor shown as numbers."""
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def _plain(number: Decimal) -> float:
     """An int where the number is whole (counts stay exact), else a float."""
     if number > _LONGEST:
-        raise ConfigError(f"a length is at most {_LONGEST:.0e} in its unit")
+        raise ConfigError(f"a length is 0 to {_LONGEST:.0e} in its unit")
     return int(number) if number == number.to_integral_value() else float(number)
 
 
@@ -223,7 +232,7 @@ class Horizon:
         """Fill tokens, samples and updates per epoch from each other; refuse contradictions."""
         seq, samples, tokens = self.tokens_per_sample, self.samples_per_step, self.tokens_per_step
         if seq is not None and samples is not None:
-            derived = _scaled(samples, seq)
+            derived = _mapped(samples, lambda size: size * seq)
             if tokens is not None and tokens != derived:
                 raise ConfigError(
                     f"tokens_per_step={_shown(tokens)} contradicts samples_per_step={_shown(samples)} "
@@ -235,19 +244,20 @@ class Horizon:
                 raise ConfigError(
                     f"tokens_per_step={_shown(tokens)} is not a whole number of samples of tokens_per_sample={seq}"
                 )
-            set_("samples_per_step", _divided(tokens, seq))
+            set_("samples_per_step", _mapped(tokens, lambda size: size // seq))
         self._refuse_two_ramps()
         if self.samples_per_epoch is not None and isinstance(self.samples_per_step, int):
             derived = math.ceil(self.samples_per_epoch / self.samples_per_step)
             if self.steps_per_epoch not in (None, derived):
                 raise ConfigError(
-                    f"steps_per_epoch={self.steps_per_epoch} contradicts ceil(samples_per_epoch/samples_per_step)={derived}"
+                    f"steps_per_epoch={self.steps_per_epoch} contradicts samples_per_epoch={self.samples_per_epoch} and "
+                    f"samples_per_step={self.samples_per_step}, which give {derived}"
                 )
             set_("steps_per_epoch", derived)
 
     def _refuse_two_ramps(self) -> None:
-        tokens, samples = self.tokens_per_step, self.samples_per_step
-        if isinstance(tokens, tuple) and isinstance(samples, tuple) and [a for a, _ in tokens] != [a for a, _ in samples]:
+        ramps = [r for r in (self.tokens_per_step, self.samples_per_step) if isinstance(r, tuple)]
+        if len(ramps) == 2 and [at for at, _ in ramps[0]] != [at for at, _ in ramps[1]]:
             raise ConfigError(
                 "tokens_per_step and samples_per_step grow at different positions; "
                 "legal is to give one of them with tokens_per_sample="
@@ -428,10 +438,9 @@ def _positive(name: str, value: Any, whole: bool = True) -> Any:
     """The value as a plain int (or float), refused when it is not positive."""
     if value is None:
         return None
-    kind = Integral if whole else Real_
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value <= _LONGEST:  # type: ignore[operator]
+    if not is_number(value) or (whole and not isinstance(value, numbers.Integral)) or not 0 < value <= _LONGEST:
         raise ConfigError(f"{name}={value!r}: legal is a positive {'whole ' if whole else ''}number")
-    return int(value) if whole else float(value)  # type: ignore[arg-type]
+    return plain_number(value)
 
 
 def _ramp(name: str, given: Any) -> int | Ramp | None:
@@ -440,7 +449,7 @@ def _ramp(name: str, given: Any) -> int | Ramp | None:
         return cast("int | None", _positive(name, given))
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[1] is None for pair in given):
         raise ConfigError(f"{name}={given!r}: a growing batch is pairs such as ('0 tokens', 131072)")
-    pairs = tuple((Span.parse(at, name), _positive(name, size)) for at, size in cast("Sequence[tuple[Any, int]]", given))
+    pairs = tuple((Span.parse(at, name), cast(int, _positive(name, size))) for at, size in given)
     for at, _ in pairs:
         if at.unit not in ("step", "token", "sample"):
             raise ConfigError(f"{name}: a batch starts at steps, tokens or samples, not at {str(at)!r}")
@@ -452,12 +461,8 @@ def _ramp(name: str, given: Any) -> int | Ramp | None:
     return pairs[0][1] if len(pairs) == 1 else pairs
 
 
-def _scaled(batch: int | Ramp, factor: int) -> int | Ramp:
-    return batch * factor if isinstance(batch, int) else tuple((at, size * factor) for at, size in batch)
-
-
-def _divided(batch: int | Ramp, by: int) -> int | Ramp:
-    return batch // by if isinstance(batch, int) else tuple((at, size // by) for at, size in batch)
+def _mapped(batch: int | Ramp, change: Callable[[int], int]) -> int | Ramp:
+    return change(batch) if isinstance(batch, int) else tuple((at, change(size)) for at, size in batch)
 
 
 def _sizes(batch: int | Ramp) -> list[int]:

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
-from mupace.lanes import Group, GroupSpec, Lanes, TensorRates, write_field
+from mupace.lanes import Group, GroupSpec, Lanes, TensorRates, Where, put_field, slot
 from mupace.schedules import Curve
 from mupace.units import Array
+
+Rates: TypeAlias = "tuple[list[float], list[int], list[float]]"  # peaks, the lane of each group, factors per lane
+
+
+def rates_of(rates: Rates) -> list[float]:
+    """Learning rates, one per group."""
+    peaks, lanes, factors = rates
+    return [peak * factors[lane] for peak, lane in zip(peaks, lanes, strict=True)]
 
 
 class Writer:
     """Gives every group its rates: value = base · product of the group's curves.
 
-    A layout (which group takes which lane) is made once per set of groups and curves; the tensor views live as long
+    A layout (which group takes which lane) is made once per set of groups and curves; the tensors live as long
     as the writer, so that a tensor learning rate never changes its identity.
     """
 
     def __init__(self) -> None:
         self.tensors = TensorRates()
+        self.now: Rates = ([], [], [])  # what was written last
+        self._kept: dict[tuple[int, str], torch.Tensor | None] = {}  # (group, field) -> its tensor; None: a float
 
     def lay_out(
         self, groups: Sequence[Group], specs: Sequence[GroupSpec], curve: Curve, fields: Mapping[str, Curve]
@@ -28,52 +39,55 @@ class Writer:
         """Decide every write for these groups and curves."""
         rates = [spec.lane(curve) for spec in specs]
         self.lanes = Lanes([*rates, *((c,) for c in fields.values())])
-        self.lane_of = [self.lanes.index(lane) for lane in rates]
-        self.peaks = [spec.base["lr"] for spec in specs]
+        self._lane_of = [self.lanes.index(lane) for lane in rates]
+        self._peaks = [spec.base["lr"] for spec in specs]
         self.tensors.adopt(groups)
         self._floats = [
             (i, peak, lane)
-            for i, (peak, lane) in enumerate(zip(self.peaks, self.lane_of, strict=True))
+            for i, (peak, lane) in enumerate(zip(self._peaks, self._lane_of, strict=True))
             if i not in self.tensors.views
         ]
         self._others = [
-            (i, name, spec.base[name], self.lanes.index((c,)))
+            (i, name, spec.base[name], self.lanes.index((c,)), self._keep(groups[i], i, name))
             for i, spec in enumerate(specs)
             for name, c in fields.items()
             if name in spec.base
         ]
 
-    def write(self, groups: Sequence[Group], update: int, position: float | None) -> None:
-        """Write the rates of `update`; `position` is its place on the axis where the clock is measured, else None."""
+    def _keep(self, group: Group, i: int, name: str) -> torch.Tensor | None:
+        """The group's own tensor for a field that came as one, put back where a load has replaced it."""
+        if (i, name) not in self._kept:
+            held = slot(group, name)
+            self._kept[i, name] = held.detach().clone() if isinstance(held, torch.Tensor) else None
+        kept = self._kept[i, name]
+        if kept is not None:
+            put_field(group, name, kept)
+        return kept
+
+    def write(self, groups: Sequence[Group], update: int, where: Where | None) -> None:
+        """Write the rates of `update`; `where` gives its place on an axis where the clock is measured, else None."""
         row = update - self.lanes.first
-        if position is not None:
-            factors, row = self.lanes.at(position), 0
+        if where is not None:
+            factors, row = self.lanes.at(where), 0
             if self.tensors:
-                self.tensors.fill(self._rates(np.array([factors])))
+                self.tensors.fill(self._table(np.array([factors])))
         else:
             if not 0 <= row < len(self.lanes.rows):
                 block, row = self.lanes.fill(update), 0
                 if self.tensors:
-                    self.tensors.fill(self._rates(block))
+                    self.tensors.fill(self._table(block))
             factors = self.lanes.rows[row]
         if self.tensors:
             self.tensors.write(row)
         for i, peak, lane in self._floats:
             groups[i]["lr"] = peak * factors[lane]
-        for i, name, base, lane in self._others:
-            write_field(groups[i], name, base * factors[lane])
+        for i, name, base, lane, tensor in self._others:
+            if tensor is None:
+                put_field(groups[i], name, base * factors[lane])
+            else:
+                tensor.fill_(base * factors[lane])
+        self.now = (self._peaks, self._lane_of, factors)
 
-    def values(self, update: int, position: float | None) -> list[float]:
-        """The learning rates that `write` gives, one per group."""
-        row = update - self.lanes.first
-        if position is not None:
-            factors = self.lanes.at(position)
-        elif 0 <= row < len(self.lanes.rows):
-            factors = self.lanes.rows[row]
-        else:
-            factors = self.lanes.one(update)
-        return [peak * factors[lane] for peak, lane in zip(self.peaks, self.lane_of, strict=True)]
-
-    def _rates(self, block: Array) -> Any:
+    def _table(self, block: Array) -> Any:
         """Learning rates from factors: (updates, lanes) -> (updates, groups)."""
-        return block[:, self.lane_of] * np.array(self.peaks)
+        return block[:, self._lane_of] * np.array(self._peaks)

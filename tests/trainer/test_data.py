@@ -112,7 +112,7 @@ def test_unusable_files_are_named_in_one_line(tmp_path: Path, name: str, content
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("pattern", ["missing.txt", "missing/*.txt", "*.csv", "."])
+@pytest.mark.parametrize("pattern", ["missing.txt", "missing/*.txt", "*.csv", ".", "x" * 5000])
 def test_a_pattern_that_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     (tmp_path / "a.csv").write_text("x")
     monkeypatch.chdir(tmp_path)

@@ -105,7 +105,7 @@ def test_dtype_attention_and_gradient_checkpointing() -> None:
     assert torch.get_default_dtype() == torch.float32
     assert make(overrides=TINY, attention="eager").config._attn_implementation == "eager"
     plain, recomputing = make(overrides=TINY), make(overrides=TINY, gradient_checkpointing=True)
-    assert recomputing.is_gradient_checkpointing
+    assert any(getattr(m, "gradient_checkpointing", False) for m in recomputing.modules())
     x = tokens()
     for model in (plain, recomputing):
         model(input_ids=x, labels=x, use_cache=False).loss.backward()

@@ -46,12 +46,13 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Segment:
-    """The plan that held from `start` until the next one: factors at any position, and points to draw."""
+    """The plan that held from `start` until the next one: `scale` · `at`(position), and positions to draw."""
 
-    start: float
     at: Callable[[Floats], Floats]
     points: Floats
     exact: bool
+    start: float = -_TOUCH
+    scale: float = 1.0
 
 
 def traces(run: Run) -> list[Trace]:
@@ -80,7 +81,7 @@ def _trace(run: Run, name: str, group: Row) -> Trace:
         plan_x=plan_x,
         planned=factor * (peak or 0.0),
         deviation=float(off.max()) if len(off) else None,
-        exact=all(s.exact for s in segments),
+        exact=all(s.exact for s in segments if len(s.points)),
     )
 
 
@@ -99,36 +100,95 @@ def _taken(run: Run, name: str) -> tuple[Floats, Floats]:
 
 
 def _segments(run: Run, group: Row) -> list[_Segment]:
-    """The plan of a group: that of the run row, then that of every replan."""
+    """The plan of a group: that of the run row, then what every replan made of it."""
     side = _TOUCH if run.header.get("sample") == "end" else -_TOUCH
-    own = group if isinstance(group.get("planned"), dict) else run.header
-    first = _segment(own, group, start=-_TOUCH)
-    later = [_segment(row, group, start=float(row.get("step", 0)) + side) for row in run.of_type("replan")]
-    return [first, *later]
+    found = [_first(run, group)]
+    for row in run.of_type("replan"):
+        start = float(row.get("step", 0)) + side
+        if any(key in row for key in ("to", "curve", "schedule", "planned")):
+            found.append(replace(_changed(run, row, group), start=start, scale=found[-1].scale))
+        elif isinstance(row.get("peaks"), dict):
+            new_peak = _number(row["peaks"].get(group.get("name")))
+            scale = found[-1].scale if new_peak is None else new_peak / float(group["lr"])
+            found.append(replace(found[-1], start=start, scale=scale))
+    return found
 
 
-def _segment(row: Row, group: Row, start: float) -> _Segment:
+def _first(run: Run, group: Row) -> _Segment:
+    """The plan of the run row, exact where a curve can be had that agrees with the recorded points."""
+    if isinstance(group.get("planned"), dict):
+        return _interpolated(*_recorded(group))
+    x, factor = _recorded(run.header)
+    curve = _curve(run, run.header)
+    if curve is not None and _agrees(curve, x, factor):
+        return _exact(curve, group)
+    return _interpolated(x, _floored(factor, _number(group.get("floor"))))
+
+
+def _changed(run: Run, row: Row, group: Row) -> _Segment:
+    """The plan of a replan row: its curve, if that gives the rate the row says came next; else its points."""
     x, factor = _recorded(row)
-    if "planned" in group:
-        return _interpolated(x, factor, start)
-    floor = _number(group.get("floor"))
-    curve = _curve(row, x, factor)
-    if curve is None:
-        return _interpolated(x, _floored(factor, floor), start)
-    curve = curve if floor is None else curve.floored(floor)
-    edges = np.array([position for position, _, _ in curve.edges()])
-    grid = np.concatenate([np.linspace(0, curve.steps, 1001), edges, np.nextafter(edges[1:], 0)])
-    return _Segment(start=start, at=curve, points=np.unique(grid[grid <= curve.steps]), exact=True)
+    curve = _curve(run, row)
+    if curve is None or (len(x) and not _agrees(curve, x, factor)):
+        return _interpolated(x, _floored(factor, _number(group.get("floor"))))
+    segment = _exact(curve, group)
+    names = [g.get("name") for g in run.header.get("groups", ())]
+    after = dict(zip(names, row.get("lr_after") or (), strict=False)).get(group.get("name"))
+    back = _BACK.get(str(run.header.get("sample", "midpoint")), 0.5)
+    follows = segment.at(np.array([float(row.get("step", 0)) + 1 - back]))[0] * float(group["lr"])
+    believed = after is None or abs(follows - after) <= _SAME * float(group["lr"])
+    return segment if believed or len(x) else _interpolated(_EMPTY, _EMPTY)
 
 
-def _interpolated(x: Floats, factor: Floats, start: float) -> _Segment:
+def _agrees(curve: Curve, x: Floats, factor: Floats) -> bool:
+    within = x <= curve.steps
+    return bool(within.any()) and float(np.abs(curve(x[within]) - factor[within]).max()) <= _SAME
+
+
+def _curve(run: Run, row: Row) -> Curve | None:
+    """The curve that a row holds, or the one that its text gives on the horizon it names."""
+    try:
+        if isinstance(row.get("curve"), dict):
+            curve = Curve.from_dict(row["curve"])
+        else:
+            total = Span.parse(row["total"]) if "total" in row else Span(row["steps"], "step")
+            horizon = Horizon(total=total, tokens_per_step=run.header.get("tokens_per_step"))
+            schedule = replace(
+                Schedule.parse(row.get("schedule") or row["to"]), sample=run.header.get("sample", "midpoint")
+            )
+            curve = Curve(schedule, horizon, run.header.get("floor"))
+        return curve if curve.steps else None
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _exact(curve: Curve, group: Row) -> _Segment:
+    lane = _lane(curve, group)
+    edges = np.array([position for one in lane for position, _, _ in one.edges()])
+    grid = np.concatenate([np.linspace(0, curve.steps, 1001), edges, np.nextafter(edges, -1)])
+    points = np.unique(grid[(grid >= 0) & (grid <= curve.steps)])
+    return _Segment(at=lambda x: np.prod([one(x) for one in lane], axis=0), points=points, exact=True)
+
+
+def _lane(curve: Curve, group: Row) -> tuple[Curve, ...]:
+    """The curves whose product is the group's factor."""
+    own = {key: group.get(key) for key in ("schedule", "floor", "unfreeze", "rewarm")}
+    if own["schedule"] is None and own["unfreeze"] is None and own["rewarm"] is None:
+        return (curve if own["floor"] is None else curve.floored(own["floor"]),)
+    from mupace.lanes import GroupSpec  # loads torch: only for groups that have a pace of their own
+
+    spec = {"name": str(group.get("name")), "base": {}, "since": group.get("since", 0), **own}
+    return GroupSpec.from_dict(spec).lane(curve)
+
+
+def _interpolated(x: Floats, factor: Floats) -> _Segment:
     def at(where: Floats) -> Floats:
         if not len(x):
             return np.full(len(where), np.nan)
         found: Floats = np.interp(where, x, factor, left=np.nan, right=np.nan)
         return found
 
-    return _Segment(start=start, at=at, points=x, exact=False)
+    return _Segment(at=at, points=x, exact=False)
 
 
 def _recorded(row: Row) -> tuple[Floats, Floats]:
@@ -141,20 +201,6 @@ def _recorded(row: Row) -> tuple[Floats, Floats]:
         known.setdefault(position, value)
     ordered = sorted(known.items())
     return np.array([x for x, _ in ordered], dtype=np.float64), np.array([y for _, y in ordered], dtype=np.float64)
-
-
-def _curve(row: Row, x: Floats, factor: Floats) -> Curve | None:
-    """The plan as a curve: as recorded, or rebuilt from its text if the recorded points confirm it."""
-    try:
-        if isinstance(row.get("curve"), dict):
-            curve = Curve.from_dict(row["curve"])
-        else:
-            curve = Curve(Schedule.parse(row["schedule"]), Horizon(total=Span(row["steps"], "step")))
-        within = x <= curve.steps
-        agrees = bool(within.any()) and float(np.abs(curve(x[within]) - factor[within]).max()) <= _SAME
-    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):
-        return None
-    return curve if agrees else None
 
 
 def _floored(y: Floats, floor: float | None) -> Floats:
@@ -175,7 +221,7 @@ def _evaluated(segments: list[_Segment], x: Floats) -> Floats:
     out = np.full(len(x), np.nan)
     for segment, stop in zip(segments, _stops(segments), strict=True):
         mine = (x > segment.start) & (x <= stop)
-        out[mine] = segment.at(x[mine])
+        out[mine] = segment.scale * segment.at(x[mine])
     return out
 
 
@@ -189,5 +235,5 @@ def _drawn(segments: list[_Segment]) -> tuple[Floats, Floats]:
         x = np.unique(np.append(segment.points, ends))
         x = x[(x > segment.start) & (x <= stop)]
         xs.append(x)
-        ys.append(segment.at(x))
+        ys.append(segment.scale * segment.at(x))
     return np.concatenate(xs), np.concatenate(ys)

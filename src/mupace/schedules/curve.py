@@ -6,7 +6,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 from mupace.errors import ConfigError
 from mupace.schedules.phases import Phase, Sample, Schedule
 from mupace.schedules.shapes import find_shape
-from mupace.units import Array, Clock, Horizon, Span, Unit
+from mupace.schedules.text import brief
+from mupace.units import Array, Clock, Horizon, Span, Unit, plain_number
 
 OFFSET: dict[Sample, float] = {"start": 0.0, "midpoint": 0.5, "end": 1.0}
 _SNAP = 1e-9  # relative: boundaries this close to a whole position are that position (0.07 · 300 is 21)
@@ -23,7 +24,7 @@ _SNAP = 1e-9  # relative: boundaries this close to a whole position are that pos
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A phase with its place: axis position `x`, length travelled `stop` of a nominal `n`, values `a` to `b`."""
+    """A phase with its place: axis position `x`, length travelled `stop` of a nominal `n`, values `a` towards `b`."""
 
     phase: Phase
     x: float
@@ -32,6 +33,14 @@ class Piece:
     a: float
     b: float
     args: dict[str, Any]
+
+    @property
+    def last(self) -> float:
+        """The value where the phase is left."""
+        shape = find_shape(self.phase.shape)
+        if self.stop == self.n and (shape.lands or self.n == 0):
+            return self.b
+        return float(shape.value(self.stop, self.n, self.a, self.b, **self.args))
 
     @property
     def open_ended(self) -> bool:
@@ -51,8 +60,8 @@ class Curve:
     Args:
         schedule: the phases.
         horizon: the length of the run and its units. The curve runs on the horizon's axis (its total's unit).
-        floor: if given, the part after the peak is mapped v -> r + (1 − r)·(v − f)/(1 − f), f being the final value:
-            the same curve, landing on `floor` = r (a fraction of the peak) instead.
+        floor: if given, what follows the curve's highest value m is mapped v -> r + (m − r)·(v − f)/(m − f), f being
+            the final value: the same curve, landing on `floor` = r (a fraction of the peak) instead.
 
     >>> curve = Curve(Schedule.parse("warmup 10% | hold 60% | linear 30% -> 0"), Horizon(total="100 steps"))
     >>> curve(0), curve(5), curve(50), curve(85), curve(1000)
@@ -67,10 +76,10 @@ class Curve:
         self.pieces = _place(schedule, horizon)
         self._starts = [p.x for p in self.pieces]
         last = self.pieces[-1]
-        self._end = last.x + last.stop
-        self.final = float(last.b if last.stop == last.n else last.value(last.stop))
+        self._end = _meet(last.x + last.stop, horizon.length)
+        self.final = last.last
         self.floor = _checked_floor(floor)
-        self._peak_at = self._first_peak() if floor is not None else 0.0
+        self._peak_at, self._peak = _mapped_from(self) if floor is not None else (0.0, 1.0)
 
     @property
     def steps(self) -> int:
@@ -104,20 +113,20 @@ class Curve:
         """
         if isinstance(x, Clock):
             x, unit = getattr(x, self.horizon.axis), self.horizon.axis
-        if isinstance(x, (int, float)):
-            return self._scalar(float(self.horizon.position(x, unit)))
+        if isinstance(x, (int, float, np.integer, np.floating)):
+            return self._scalar(float(self.horizon.position(plain_number(x), unit)))
         positions = np.asarray(self.horizon.position(np.asarray(x, dtype=np.float64), unit))
         return self._vector(positions.reshape(-1)).reshape(positions.shape)
 
     def updates(self, start: int = 0, stop: int | None = None) -> Array:
-        """The factors that updates start, start + 1, … stop − 1 are given (see `Schedule.sample`), shape (stop − start,)."""
+        """The factors that updates start, start + 1, … stop − 1 are given (see `Schedule.sample`), (stop − start,)."""
         stop = self.steps if stop is None else stop
         found: Array = self(np.arange(start, stop, dtype=np.float64) + OFFSET[self.sample])
         return found
 
     def _scalar(self, x: float) -> float:
         if not x >= 0:
-            raise ConfigError(f"position {x}: legal is 0 or more")
+            raise ConfigError(f"position {x:g}: legal is 0 or more")
         if x >= self._end:
             value = self.final
         else:
@@ -126,22 +135,23 @@ class Curve:
         return value if self.floor is None or x < self._peak_at else float(self._floored(value))
 
     def _vector(self, x: Array) -> Array:
-        if x.size and not x.min() >= 0:
-            raise ConfigError(f"position {x.min()}: legal is 0 or more")
-        if np.any(x[1:] < x[:-1]):
-            order = np.argsort(x, kind="stable")
-            out = np.empty_like(x)
-            out[order] = self._sorted(x[order])
-            return out
-        return self._sorted(x)
+        if x.size and not x.min() >= 0:  # also where one is NaN
+            raise ConfigError(f"position {x.min():g}: legal is 0 or more")
+        if np.all(x[1:] >= x[:-1]):
+            return self._sorted(x)
+        order = np.argsort(x, kind="stable")
+        out = np.empty_like(x)
+        out[order] = self._sorted(x[order])
+        return out
 
     def _sorted(self, x: Array) -> Array:
         """The values at ascending positions: one slice per phase, the held end value after the last."""
-        out = np.full_like(x, self.final)
+        out = np.empty_like(x)
         cuts = np.searchsorted(x, [*self._starts, self._end]).tolist()
         for piece, i, j in zip(self.pieces, cuts, cuts[1:], strict=False):
             if i < j:
                 out[i:j] = piece.value(x[i:j] - piece.x)
+        out[cuts[-1] :] = self.final
         if self.floor is not None:
             after = int(np.searchsorted(x, self._peak_at))
             out[after:] = self._floored(out[after:])
@@ -149,16 +159,8 @@ class Curve:
 
     def _floored(self, value: Any) -> Any:
         assert self.floor is not None
-        return self.floor + (1.0 - self.floor) * ((value - self.final) / (1.0 - self.final))
-
-    def _first_peak(self) -> float:
-        """Where the curve first stands at 1; a floor maps only what comes after."""
-        if self.final == 1.0:
-            return float("inf")  # it never comes down: there is nothing to map
-        if self.schedule.start == 1.0:
-            return 0.0
-        peaks = [p.x + p.n for p in self.pieces if p.b == 1.0 and p.stop == p.n]
-        return min(peaks, default=float("inf"))
+        way = (value - self.final) / (self._peak - self.final)
+        return self.floor * (1.0 - way) + self._peak * way
 
     def floored(self, floor: float) -> Curve:
         """The same curve landing on `floor` (a fraction of the peak, 0 to 1)."""
@@ -220,53 +222,72 @@ def _place(schedule: Schedule, horizon: Horizon) -> tuple[Piece, ...]:
     """Lay the phases on the axis: forward to the phase without a length, backward from the end to it."""
     begins, lengths = _layout(schedule, horizon)
     pieces: list[Piece] = []
-    a = schedule.start
+    a, skipped = schedule.start, False
     for phase, x, (n, stop) in zip(schedule.phases, begins, lengths, strict=True):
-        a = a if phase.begin is None else phase.begin
-        piece = _piece(phase, x, n, stop, a, horizon)
-        if stop > 0:
+        if skipped and phase.begin is None and phase.first_value is None:
+            phase = replace(phase, begin=a)  # what a phase of length 0 ended at is a jump that stays written
+        piece = _piece(phase, x, n, stop, a if phase.begin is None else phase.begin, horizon)
+        skipped = stop == 0
+        if not skipped:
             pieces.append(piece)
-        a = piece.b if stop == n else float(piece.value(stop))
+        a = piece.last
     if not pieces:
-        raise ConfigError(f"schedule {str(schedule)!r}: all its phases have length 0")
+        raise ConfigError(f"schedule={brief(schedule)}: all its phases have length 0")
     return tuple(pieces)
 
 
 def _layout(schedule: Schedule, horizon: Horizon) -> tuple[list[float], list[tuple[float, float]]]:
     """Begin, and (nominal, travelled) length, of every phase in axis units."""
     spans = [p.until or p.span for p in schedule.phases]
+    cut = spans.index(None) if None in spans else len(spans)
     edges = [0.0]
-    for span in spans[: spans.index(None) if None in spans else len(spans)]:
-        assert span is not None
-        edges.append(_snap(horizon.advance(edges[-1], span)))
-    if None in spans:
-        tail = [horizon.length]
-        for span in reversed(spans[spans.index(None) + 1 :]):
+    try:
+        for span in spans[:cut]:
             assert span is not None
-            tail.insert(0, _snap(horizon.retreat(tail[0], span)))
-        _refuse_overrun(schedule, horizon, horizon.length + edges[-1] - tail[0])
-        edges += tail
+            edges.append(_meet(_snap(horizon.advance(edges[-1], span)), horizon.length))
+        tail = [horizon.length]
+        for span in reversed(spans[cut + 1 :]):
+            assert span is not None
+            tail.append(_snap(horizon.retreat(tail[-1], span)))
+    except ConfigError as error:
+        raise ConfigError(f"schedule={brief(schedule)}: {error}") from None
+    if cut < len(spans):
+        tail[-1] = _meet(tail[-1], edges[-1])
+        _refuse_overrun(schedule, horizon, horizon.length + edges[-1] - tail[-1])
+        edges += reversed(tail)
     _refuse_overrun(schedule, horizon, edges[-1])
-    travelled = np.diff(edges).tolist()
-    nominal = [
-        _snap(horizon.advance(x, p.span)) - x if p.until is not None and p.span is not None else n
-        for p, x, n in zip(schedule.phases, edges, travelled, strict=False)
+    return edges[:-1], [
+        _lengths(p, x, end, horizon) for p, x, end in zip(schedule.phases, edges, edges[1:], strict=False)
     ]
-    return edges[:-1], list(zip(nominal, travelled, strict=True))
+
+
+def _lengths(phase: Phase, x: float, end: float, horizon: Horizon) -> tuple[float, float]:
+    """The (nominal, travelled) length of a phase between two axis positions."""
+    if phase.until is None or phase.span is None:
+        return end - x, end - x
+    whole = _snap(horizon.advance(x, phase.span)) - x
+    if whole < end - x:
+        raise ConfigError(
+            f"{phase.shape} {phase.span} until {phase.until}: it is cut after its end; legal is until <= its length"
+        )
+    return whole, end - x
 
 
 def _refuse_overrun(schedule: Schedule, horizon: Horizon, reach: float) -> None:
     if reach > horizon.length * (1 + _SNAP):
         axis = horizon.axis
         raise ConfigError(
-            f"schedule {str(schedule)!r}: its phases take {reach:g} {axis}s, more than total={str(horizon.total)!r}"
+            f"schedule={brief(schedule)}: its phases take {reach:g} {axis}s, more than total={str(horizon.total)!r}"
             + ("" if horizon.total.unit == axis else f" ({horizon.length:g} {axis}s)")
         )
 
 
 def _piece(phase: Phase, x: float, n: float, stop: float, a: float, horizon: Horizon) -> Piece:
     shape = find_shape(phase.shape)
-    args: dict[str, Any] = {k: _snap(horizon.advance(0.0, v)) if isinstance(v, Span) else v for k, v in phase.args}
+    args: dict[str, Any] = {
+        k: _snap(horizon.advance(0.0, v)) if isinstance(v, Span) else np.array(v) if isinstance(v, tuple) else v
+        for k, v in phase.args
+    }
     if "scale" in shape.params and "scale" not in args:
         if x <= 0:
             raise ConfigError(
@@ -275,13 +296,17 @@ def _piece(phase: Phase, x: float, n: float, stop: float, a: float, horizon: Hor
         args["scale"] = x  # so that a warmup of T_w followed by inv_sqrt is Noam's √(T_w/t)
     if phase.shape == "exp" and min(a, phase.end or 0.0) <= args.get("bias", 0.0):
         raise ConfigError(
-            f"exp -> {phase.end:g}: it needs values above bias={args.get('bias', 0.0):g} at both ends, it begins at {a:g}"
+            f"exp -> {phase.end:g}: it begins at {a:g}; legal are two values above bias={args.get('bias', 0.0):g}"
         )
-    if phase.shape == "table" and phase.begin is None:
-        a = args["values"][0]
+    a = a if phase.first_value is None else phase.first_value
     piece = Piece(phase, x, stop, n, a, 0.0, args)
     b = phase.end if phase.end is not None else float(piece.value(n)) if n > 0 else a
     return Piece(phase, x, stop, n, a, b, args)
+
+
+def _meet(x: float, mark: float) -> float:
+    """The mark, where x is it but for rounding."""
+    return mark if abs(x - mark) <= _SNAP * max(1.0, abs(mark)) else x
 
 
 def _snap(x: float) -> float:
@@ -295,3 +320,35 @@ def _checked_floor(floor: float | None) -> float | None:
             f"floor={floor:g}: {'above the peak; ' if floor > 1 else ''}legal is a fraction of the peak, 0 to 1"
         )
     return floor
+
+
+def _mapped_from(curve: Curve) -> tuple[float, float]:
+    """Where the curve first stands at its highest value, and that value: a floor maps what comes after.
+
+    Raises:
+        ConfigError: the floor lies above the curve, or the curve has no one lowest end to move to it.
+    """
+    floor, final = curve.floor, curve.final
+    assert floor is not None
+    points = [point for piece in curve.pieces for point in _turns(piece)]
+    peak = max(v for _, v in points)
+    at = next(x for x, v in points if v == peak)
+    low = min([v for x, v in points if x >= at] + [final])
+    if low < final - 1e-12:
+        raise ConfigError(f"floor={floor:g}: the curve falls to {low:g} before it ends at {final:g}; legal is no floor")
+    if floor > peak:
+        raise ConfigError(f"floor={floor:g}: the curve's highest value is {peak:g}; legal is at most that")
+    return (float("inf") if final == peak else at), peak  # one that never comes down has nothing to map
+
+
+def _turns(piece: Piece) -> list[tuple[float, float]]:
+    """(axis position, value) of the places where a piece can be highest or lowest."""
+    ts = [0.0]
+    if piece.phase.shape == "table":
+        knots = np.linspace(0.0, piece.n, len(piece.args["values"]))
+        ts += knots[(knots > 0) & (knots < piece.stop)].tolist()
+    elif piece.phase.shape == "wave":
+        halves = np.arange(1, int(2 * piece.args["cycles"]) + 1) / (2 * piece.args["cycles"])
+        knots = halves * (piece.n + piece.args.get("skip", 0.0)) - piece.args.get("skip", 0.0)
+        ts += knots[(knots > 0) & (knots < piece.stop)].tolist()
+    return [*((piece.x + t, float(piece.value(t))) for t in ts), (piece.x + piece.stop, piece.last)]

@@ -32,7 +32,7 @@ def linear(warmup: Length = None, floor: float = 0.0) -> Schedule:
 def cosine(warmup: Length = None, floor: float = 0.0) -> Schedule:
     """η = f + (1 − f)·(1 + cos πu)/2 after the warmup.
 
-    Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv 1608.03983, eq. (5).
+    Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv 1608.03983.
     """
     return _sentence(warmup, Phase(shape="cosine", end=floor))
 
@@ -131,7 +131,7 @@ def cyclic(cycles: int, floor: float = 0.1) -> Schedule:
 def restarts(cycles: int, floor: float = 0.0, warmup: Length = None, growth: float = 1.0) -> Schedule:
     """Cosine decay with warm restarts: cycle i is `growth`^i as long as the first and starts at the peak again.
 
-    Source: Loshchilov and Hutter, SGDR, arXiv 1608.03983, eq. (5) and §3 (T_mult).
+    Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv 1608.03983 (T_mult).
     """
     if cycles < 1 or growth <= 0:
         raise ConfigError(f"restarts: cycles={cycles}, growth={growth}: legal are cycles >= 1 and growth > 0")

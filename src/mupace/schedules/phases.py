@@ -7,15 +7,14 @@ one its end value is held. Bind a schedule to a `Horizon` and it becomes a `Curv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from mupace.errors import ConfigError, one_of
-from mupace.schedules.shapes import ALIASES, Shape, find_shape
-from mupace.units import Horizon, Span
+from mupace.schedules.shapes import ALIASES, KINDS, Shape, find_shape
+from mupace.units import Horizon, Span, is_number
 
 if TYPE_CHECKING:
     from mupace.schedules.curve import Curve
@@ -47,6 +46,8 @@ class Phase:
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
+        if not isinstance(self.shape, str):
+            raise ConfigError(f"shape={self.shape!r}: legal is the name of a shape, such as 'linear'")
         known = find_shape(self.shape)
         if self.shape == "warmup" and self.end is None:
             put("end", 1.0)
@@ -61,6 +62,16 @@ class Phase:
             raise ConfigError(f"{self.shape} -> {self.end:g}: {self.shape} sets its own end ({known.formula})")
         if not known.own_end and self.end is None:
             raise ConfigError(f"{self.shape}: say where it ends, such as '{self.shape} {self.span or '20%'} -> 0'")
+        if self.until is not None and self.span is None:
+            raise ConfigError(f"{self.shape} until {self.until}: a phase that is cut short also says its whole length")
+        if self.shape == "table" and self.begin not in (None, self.first_value):
+            raise ConfigError(f"table from {self.begin:g}: a table begins at its first value, {self.first_value:g}")
+
+    @property
+    def first_value(self) -> float | None:
+        """Where the shape itself says it begins: a table at its first value, every other where it is put."""
+        values = self.parameters.get("values") if self.shape == "table" else None
+        return values[0] if isinstance(values, tuple) else None
 
     @property
     def parameters(self) -> dict[str, Arg]:
@@ -82,6 +93,8 @@ class Phase:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Phase:
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"phase={state!r}: legal is a table such as {{shape = 'linear', span = '20%', end = 0}}")
         _known_keys("phase", state, ("shape", "span", "end", "begin", "until", "args"))
         if "shape" not in state:
             raise ConfigError(f"phase={dict(state)!r} names no shape")
@@ -94,7 +107,8 @@ class Schedule:
 
     Args:
         phases: one or more phases.
-        start: the value at position 0; by default 0 when the first phase rises to 1 (a warmup), else 1.
+        start: the value at position 0; by default 0 when the first phase rises to 1 (a warmup), else 1 (a table
+            begins at its first value).
         sample: which point of the interval that an update consumes gives the update its value. "midpoint" wastes
             neither the first update of a warmup from 0 nor the last of a decay to 0, and for piecewise-linear
             curves keeps the area under the curve whatever the batch size; "start" (update i gets the curve at i)
@@ -116,18 +130,24 @@ class Schedule:
         if self.sample not in SAMPLES:
             raise one_of("sample", self.sample, SAMPLES)
         if sum(p.span is None for p in phases) > 1:
+            open_ = [p.shape for p in phases if p.span is None]
             raise ConfigError(
-                f"schedule {' | '.join(p.shape for p in phases)!r}: only one phase may leave out its length"
+                f"schedule: {len(open_)} phases leave out their length ({', '.join(open_[:3])}"
+                f"{', …' if len(open_) > 3 else ''}); legal is one"
             )
-        start = self.start if self.start is not None else phases[0].begin
-        start = self.default_start(phases[0]) if start is None else start
-        object.__setattr__(self, "start", _factor("schedule", "start", start))
+        given = _factor("schedule", "start", self.start)
+        said = phases[0].begin if phases[0].begin is not None else phases[0].first_value
+        if None not in (given, said) and given != said:
+            raise ConfigError(f"schedule: start={given:g}, but its first phase begins at {said:g}; legal is one")
+        start = said if said is not None else given if given is not None else self.default_start(phases[0])
+        object.__setattr__(self, "start", start)
         object.__setattr__(self, "phases", (_continued(phases[0]), *phases[1:]))
 
     @staticmethod
     def default_start(first: Phase) -> float:
-        """0 when the first phase rises to the peak, else 1."""
-        return 0.0 if first.end == 1.0 else 1.0
+        """0 when the first phase rises to the peak, a table's first value, else 1."""
+        own = first.first_value
+        return own if own is not None else 0.0 if first.end == 1.0 else 1.0
 
     @classmethod
     def parse(cls, text: str | Schedule | Mapping[str, Any]) -> Schedule:
@@ -156,7 +176,10 @@ class Schedule:
             parsed = cls.parse(state["text"])
             return cls(phases=parsed.phases, start=parsed.start, sample=state.get("sample", parsed.sample))
         _known_keys("schedule", state, ("phases", "start", "sample"))
-        phases = tuple(p if isinstance(p, Phase) else Phase.from_dict(p) for p in state.get("phases", ()))
+        rows = state.get("phases", ())
+        if not isinstance(rows, (list, tuple)):
+            raise ConfigError(f"phases={rows!r}: legal is a list of phases")
+        phases = tuple(p if isinstance(p, Phase) else Phase.from_dict(p) for p in rows)
         return cls(phases=phases, start=cast(float, state.get("start")), sample=state.get("sample", "midpoint"))
 
     def bind(self, horizon: Horizon) -> Curve:
@@ -180,22 +203,23 @@ def _continued(first: Phase) -> Phase:
 def _factor(owner: str, name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value) or value != value:
         raise ConfigError(f"{owner}: {name}={value!r} is not a number; legal is a fraction of the peak, 0 to 1")
     if not 0 <= value <= 1:
         where = "above the peak" if value > 1 else "below zero"
-        raise ConfigError(f"{owner}: {name}={value:g} is {where}; legal is a fraction of the peak, 0 to 1")
+        raise ConfigError(f"{owner}: {name}={value} is {where}; legal is a fraction of the peak, 0 to 1")
     return float(value)
 
 
 def _checked_args(shape: Shape, given: Any) -> tuple[tuple[str, Arg], ...]:
-    pairs = dict(given)
+    pairs = dict(given.items() if isinstance(given, Mapping) else _as_pairs(shape, given))
     for name in pairs:
         if name not in shape.params:
             raise one_of(f"{shape.name} parameter", name, shape.params or ["none"])
     for name in shape.required:
         if name not in pairs:
-            raise ConfigError(f"{shape.name}: it needs {name}=, a {shape.params[name]} in {shape.formula}")
+            words = "a length" if shape.params[name] == "length" else KINDS[shape.params[name]][2]
+            raise ConfigError(f"{shape.name}: it needs {name}=, {words}, in {shape.formula}")
     return tuple((name, _arg(shape, name, pairs[name])) for name in sorted(pairs))
 
 
@@ -206,10 +230,27 @@ def _arg(shape: Shape, name: str, value: Any) -> Arg:
         if span.value == 0:
             raise ConfigError(f"{label}={str(span)!r}: legal is a positive length")
         return span
-    numbers = tuple(value) if kind == "numbers" and not isinstance(value, str) else (value,)
-    if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) for x in numbers):
-        raise ConfigError(f"{label}={value!r}: legal is {'a row of numbers' if kind == 'numbers' else 'a number'}")
-    return tuple(float(x) for x in numbers) if kind == "numbers" else float(numbers[0])
+    low, high, words = KINDS[kind]
+    row = kind == "shares"
+    given = tuple(value) if row and isinstance(value, (list, tuple)) else (value,)
+    if (row and not isinstance(value, (list, tuple))) or not given or not all(_within(x, low, high) for x in given):
+        shown = list(given) if row else value
+        raise ConfigError(f"{label}={shown!r}: legal is {words}")
+    return tuple(float(x) for x in given) if row else float(given[0])
+
+
+def _within(x: Any, low: float, high: float) -> bool:
+    return is_number(x) and low <= x <= high
+
+
+def _as_pairs(shape: Shape, given: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(given, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in given):
+        raise ConfigError(f"{shape.name}: args={given!r}: legal is a mapping of names to values")
+    names = [str(name) for name, _ in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{shape.name}: {name}= is given twice")
+    return tuple((str(name), value) for name, value in given)
 
 
 def _known_keys(owner: str, state: Mapping[str, Any], legal: tuple[str, ...]) -> None:

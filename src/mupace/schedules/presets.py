@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from mupace.errors import ConfigError, one_of
 from mupace.schedules.phases import Schedule
+from mupace.units import is_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,51 +38,59 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # Peak: transfer it from a proxy. Decay 10-20 % of the run, 1-sqrt: Hägele et al., arXiv 2405.18392, Fig. 5;
-    # "10 % is enough, 2.5 % is not": Hu et al., MiniCPM, arXiv 2404.06395, §4.
+    # Peak: transfer it from a proxy. 1-sqrt beats a linear cooldown: Hägele et al.; a decay of 10 % of the run is
+    # enough, 2.5 % is not: Hu et al. The shares of 1 % and 20 % are this library's choice inside that.
     "pretrain_wsd": Preset(
         stage="pretrain", text="warmup 1% | hold | sqrt 20% -> 0", peak=None,
-        source="Hägele et al., arXiv 2405.18392; Hu et al. (MiniCPM), arXiv 2404.06395",
+        source="Hägele et al., arXiv 2405.18392 (1-sqrt); Hu et al. (MiniCPM), arXiv 2404.06395 (decay >= 10 %); "
+        "warmup 1 % and decay 20 %: this library's choice",
     ),
-    # Linear to exactly zero beats cosine to 10 % from compute-optimal budgets on; the warmup share is the house's.
+    # Linear to exactly zero beats cosine to 10 % from compute-optimal budgets on.
     "pretrain_d2z": Preset(
         stage="pretrain", text="warmup 2% | linear -> 0", peak=None,
-        source="Bergsma et al., Straight to Zero, arXiv 2502.15938; Defazio et al., arXiv 2310.07831",
+        source="Bergsma et al., Straight to Zero, arXiv 2502.15938; Defazio et al., arXiv 2310.07831; "
+        "warmup 2 %: this library's choice",
     ),
     # For reproducing published runs: cosine to 10 % of the peak after 2000 steps (Touvron et al., LLaMA).
     "pretrain_cosine10": Preset(
         stage="pretrain", text="warmup 2000 steps | cosine -> 0.1", peak=3e-4,
         source="Touvron et al., LLaMA, arXiv 2302.13971, §2.3 and Table 2 (3e-4 at 7B)",
     ),
-    # Re-warm over about 1 %, decay again; replay of old data matters as much as the curve.
+    # Re-warm, decay again; replay of old data matters as much as the curve.
     "continue_rewarm": Preset(
         stage="continue", text="warmup 1% | cosine -> 0.1", peak=None,
-        source="Ibrahim et al., Simple and Scalable Strategies to Continually Pre-train, arXiv 2403.08763",
+        source="Ibrahim et al., Simple and Scalable Strategies to Continually Pre-train, arXiv 2403.08763 "
+        "(re-warm, re-decay, replay); warmup 1 % and end 0.1: this library's choice",
     ),
-    # Anneal an undecayed trunk: linear to zero, no warmup (OLMo's mid-training).
+    # Anneal an undecayed trunk: linear to zero, no warmup.
     "continue_anneal": Preset(
-        stage="continue", text="linear -> 0", peak=None, source="OLMo et al., 2 OLMo 2 Furious, arXiv 2501.00656, §4",
+        stage="continue", text="linear -> 0", peak=None,
+        source="the mid-training script of OLMo 3 7B in allenai/OLMo-core (linear to 0, no warmup)",
     ),
     # 8B: 5e-6, linear, warmup 3 %, 2 epochs. TRL's default of 2e-5 is the bound.
     "sft": Preset(
         stage="sft", text="warmup 3% | linear -> 0", peak=5e-6, highest=2e-5,
-        source="Lambert et al., Tülu 3, arXiv 2411.15124 (SFT, 8B: 5e-6; 70B: 2e-6); bound: TRL's SFT default 2e-5",
+        source="Lambert et al., Tülu 3, arXiv 2411.15124, and docs/tulu3.md of allenai/open-instruct (SFT, 8B: 5e-6, "
+        "70B: 2e-6, linear, warmup 3 %); bound: TRL's SFT default 2e-5",
     ),
     # About ten times the rate of full fine-tuning, constant.
     "lora": Preset(
         stage="lora", text="warmup 3% | hold", peak=2e-4, highest=1e-3,
         source="Schulman et al., LoRA Without Regret, Thinking Machines Lab 2025 (≈ 10x full fine-tuning, constant); "
-        "2e-4: Dettmers et al., QLoRA, arXiv 2305.14314, Table 9",
+        "2e-4 and warmup 3 %: the defaults of artidoro/qlora, the code of Dettmers et al., arXiv 2305.14314; "
+        "bound: five times that, this library's choice",
     ),
     # DPO 8B: 5e-7, linear, warmup 10 %, one epoch; 1e-6 is TRL's default.
     "preference": Preset(
         stage="preference", text="warmup 10% | linear -> 0", peak=5e-7, highest=5e-6,
-        source="Lambert et al., Tülu 3, arXiv 2411.15124 (DPO, 8B: 5e-7; 70B: 2e-7); bound: five times TRL's default 1e-6",
+        source="Lambert et al., Tülu 3, arXiv 2411.15124, and docs/tulu3.md of allenai/open-instruct (DPO, 8B: 5e-7, "
+        "70B: 2e-7, linear, warmup 10 %); bound: five times TRL's default 1e-6, this library's choice",
     ),
     # Constant after a short warmup: DAPO 1e-6, 10 warmup steps.
     "rl": Preset(
         stage="rl", text="warmup 10 steps | hold", peak=1e-6, highest=5e-6,
-        source="Yu et al., DAPO, arXiv 2503.14476, §4.1 (constant 1e-6, warmup); bound: five times that",
+        source="Yu et al., DAPO, arXiv 2503.14476, and its script in verl (constant 1e-6, 10 warmup steps); "
+        "bound: five times that, this library's choice",
     ),
 }  # fmt: skip
 
@@ -114,17 +123,20 @@ def batch_scaled(lr: float, *, base: int, batch: int, rule: BatchRule, critical:
         rule: linear (SGD), sqrt (Adam-like), none.
         critical: B_crit in the same unit, above which a larger batch earns no larger rate; None: no cap.
 
-    Source: linear: Goyal et al., arXiv 1706.02677, §2.1; sqrt for Adam: Malladi et al., arXiv 2205.10287, Def. 5.2;
-    the critical batch size: McCandlish et al., arXiv 1812.06162.
+    Source: linear for SGD: Goyal et al., Accurate, Large Minibatch SGD, arXiv 1706.02677; sqrt for Adam: Malladi et
+    al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, arXiv 2205.10287; the critical batch size:
+    McCandlish et al., An Empirical Model of Large-Batch Training, arXiv 1812.06162.
 
-    >>> batch_scaled(3e-4, base=256, batch=1024, rule="sqrt"), batch_scaled(0.1, base=256, batch=1024, rule="linear", critical=512)
-    (0.0006, 0.2)
+    >>> batch_scaled(3e-4, base=256, batch=1024, rule="sqrt")
+    0.0006
+    >>> batch_scaled(0.1, base=256, batch=1024, rule="linear", critical=512)
+    0.2
     """
     power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
     if rule not in power:
         raise one_of("rule", rule, power)
     for name, value in (("lr", lr), ("base", base), ("batch", batch), ("critical", critical)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
             raise ConfigError(f"{name}={value!r}: legal is a positive number")
     cap = math.inf if critical is None else critical
     return float(lr * (min(batch, cap) / min(base, cap)) ** power[rule])

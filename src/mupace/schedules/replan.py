@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from mupace.errors import ConfigError, one_of
 from mupace.schedules.curve import Curve, Piece
 from mupace.schedules.phases import Phase, Schedule
@@ -38,22 +40,24 @@ def retotal(curve: Curve, total: Span | str, at: int, rule: Rule) -> Curve:
     horizon = curve.horizon.replace_total(_on_axis(curve, total))
     now = _here(curve, at)
     if horizon.length <= now:
-        raise ConfigError(f"total={str(total)!r} lies before the present position ({now:g} {horizon.axis}s)")
+        raise ConfigError(f"total={str(total)!r} does not lie after the present position ({now:g} {horizon.axis}s)")
     if rule == "stretch":
         return Curve(curve.schedule, horizon, curve.floor)
     last = curve.pieces[-1]
     if last.open_ended:
-        return _rebuilt(curve, _lengthened(curve, last, horizon.length, rule), horizon.total)
+        new = _rebuilt(curve, _lengthened(curve, last, now, horizon.length, rule), horizon.total)
+        return _same_before(curve, new, now)
     if rule == "redecay":
+        _refuse_redecay(last)
         return _rebuilt(
             curve,
             [*_travelled(curve, curve.pieces, now), _again(curve, last, horizon.length - now)],
             horizon.total,
         )
-    begin = horizon.length - last.n
+    begin = horizon.length - last.stop
     _refuse_hold(curve, now, begin, last)
     return _rebuilt(
-        curve, [*_travelled(curve, curve.pieces[:-1], begin), _absolute(curve, last, last.n)], horizon.total
+        curve, [*_travelled(curve, curve.pieces[:-1], begin), _absolute(curve, last, last.stop)], horizon.total
     )
 
 
@@ -68,27 +72,45 @@ def branch(
         again: allow a branch from a curve that is already decaying (WSD-S: Wen et al., arXiv 2410.05192).
 
     Raises:
-        ConfigError: the trunk is already decaying and `again` is not set.
+        ConfigError: the trunk is already decaying and `again` is not set; or it has a floor and has left its peak,
+            and `end` is another than its own.
     """
     now = _here(curve, at)
-    peak = max(curve.schedule.start, *(p.b for p in curve.pieces if p.x + p.stop <= now), 0.0)
     value = curve(now, curve.horizon.axis)
+    peak = max([value, curve(0), *(curve(p.x, curve.horizon.axis) for p in curve.pieces if p.x <= now)])
     if value < peak and not again:
         raise ConfigError(
             f"branch at update {at}: the trunk is already decaying (factor {value:.4g} after {peak:.4g}); "
             "branch from an earlier checkpoint, or say again=True"
         )
-    stop = curve.horizon.advance(now, Span.parse(length, "length"))
+    span = Span.parse(length, "length")
+    if span.value == 0:
+        raise ConfigError(f"length={str(span)!r}: legal is a positive length")
+    stop = curve.horizon.advance(now, span)
     phases = [
         *_travelled(curve, curve.pieces, now),
         Phase(shape=shape, span=_axis_span(curve, stop - now), end=end),
     ]
-    return _rebuilt(curve, phases, _axis_span(curve, stop))
+    return _same_before(curve, _rebuilt(curve, phases, _axis_span(curve, stop)), now)
+
+
+def _same_before(old: Curve, new: Curve, now: float) -> Curve:
+    """The new curve, refused where its other end would bend the past of a curve that a floor maps."""
+    if old.floor is None or new.final == old.final:
+        return new
+    axis = old.horizon.axis
+    past = np.unique([*np.linspace(0.0, now, 65), *(p.x for p in old.pieces if p.x <= now)])
+    if not np.allclose(old(past, axis), new(past, axis), rtol=0.0, atol=1e-12):
+        raise ConfigError(
+            f"floor={old.floor:g}: the curve has left its peak and would end at {new.final:g} instead of {old.final:g} "
+            f"before the floor; legal are end={old.final:g}, rule='stretch', or a schedule that says its own end"
+        )
+    return new
 
 
 def _here(curve: Curve, at: int) -> float:
-    if at < 0:
-        raise ConfigError(f"at={at}: legal is an update number, 0 or more")
+    if isinstance(at, bool) or not isinstance(at, (int, np.integer)) or at < 0:
+        raise ConfigError(f"at={at!r}: legal is a whole number of updates, 0 or more")
     return float(curve.horizon.position(at, "step"))
 
 
@@ -110,17 +132,24 @@ def _refuse_hold(curve: Curve, now: float, begin: float, last: Piece) -> None:
         raise ConfigError("rule='hold': the last phase has begun; legal from here are 'redecay' and 'stretch'")
     if begin < now:
         raise ConfigError(
-            f"rule='hold': the last phase takes {last.n:g} {curve.horizon.axis}s, more than is left before the new total; "
-            "legal is rule='redecay'"
+            f"rule='hold': the last phase takes {last.stop:g} {curve.horizon.axis}s, more than is left before the new "
+            "total; legal is rule='redecay'"
         )
 
 
-def _lengthened(curve: Curve, last: Piece, length: float, rule: Rule) -> list[Phase]:
+def _refuse_redecay(last: Piece) -> None:
+    if last.phase.shape == "table":
+        raise ConfigError("rule='redecay': a table cannot begin elsewhere than at its first value; legal is 'stretch'")
+
+
+def _lengthened(curve: Curve, last: Piece, now: float, length: float, rule: Rule) -> list[Phase]:
     """A last phase that sets its own end goes on, or stops, where the new total says."""
     if rule == "redecay":
         raise ConfigError(
             f"rule='redecay': the last phase ({last.phase.shape}) has no end to decay to; legal is 'hold'"
         )
+    if now > last.x + last.stop:  # it has ended early and its value is held: so it stays
+        return _travelled(curve, curve.pieces, length)
     kept = [p for p in curve.pieces[:-1] if p.x < length]
     return [
         *_travelled(curve, kept, min(length, last.x)),
@@ -157,11 +186,12 @@ def _absolute(curve: Curve, piece: Piece, stop: float) -> Phase:
 
 
 def _again(curve: Curve, last: Piece, n: float) -> Phase:
-    """The last phase's shape once more, over `n` axis units."""
+    """The last phase's shape once more, from where the curve stands, over `n` axis units."""
     phase = _absolute(curve, last, last.n)
-    return Phase(shape=phase.shape, span=_axis_span(curve, n), end=phase.end, args=phase.args)
+    args = tuple((k, v) for k, v in phase.args if k != "skip")  # what was travelled before it is not travelled again
+    return Phase(shape=phase.shape, span=_axis_span(curve, n), end=phase.end, args=args)
 
 
 def _rebuilt(curve: Curve, phases: list[Phase], total: Span) -> Curve:
-    schedule = Schedule(phases=tuple(phases), start=curve.schedule.start, sample=curve.sample)
+    schedule = Schedule(phases=tuple(phases), start=curve.pieces[0].a, sample=curve.sample)
     return Curve(schedule, curve.horizon.replace_total(total), curve.floor)

@@ -3,10 +3,10 @@
 A shape maps the way travelled inside its phase to a value:
 
     value(t, n, a, b)      t: axis units since the phase began; n: the phase's length; a: value at its begin;
-                           b: value at its end; u = t/n
+                           b: value it aims at; u = t/n
 
 A shape that sets its own end (hold, step, inv_sqrt …) takes no `b`. Parameters may be numbers or lengths;
-lengths arrive here already converted to axis units.
+lengths arrive here already converted to axis units, rows of numbers as arrays.
 """
 
 from __future__ import annotations
@@ -19,14 +19,30 @@ import numpy as np
 
 from mupace.errors import ConfigError, one_of
 
-Kind = Literal["number", "length", "numbers"]
+Kind = Literal["number", "positive", "falling", "share", "length", "shares"]
+# What each kind of number may be: lowest, highest, in words. "shares" is a row of shares.
+KINDS: dict[str, tuple[float, float, str]] = {
+    "number": (-1e18, 1e18, "a number"),
+    "positive": (5e-324, 1e18, "a positive number"),
+    "falling": (-1e18, 0.0, "a number of at most 0"),
+    "share": (0.0, 1.0, "a fraction of the peak, 0 to 1"),
+    "shares": (0.0, 1.0, "a row of fractions of the peak, 0 to 1"),
+}
 # Powers go through numpy's ufuncs for scalars too, so that a vector call and a scalar loop agree to the bit.
 Value = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One primitive: its value function, its formula, its parameters (name -> kind), and who sets the end."""
+    """One primitive.
+
+    Attributes:
+        value: (t, n, a, b, **parameters) -> value, for scalars and arrays alike, the same to the bit.
+        formula: in words that an error can show.
+        params: name -> kind (see `KINDS`; "length" is a span); required: those without a default.
+        own_end: it takes no end value: where it ends follows from its formula.
+        lands: it is at b when its phase is over (a wave may be anywhere between a and b).
+    """
 
     name: str
     value: Value
@@ -34,6 +50,7 @@ class Shape:
     params: Mapping[str, Kind] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     own_end: bool = False
+    lands: bool = True
 
 
 def _hold(t: Any, n: float, a: float, b: float) -> Any:
@@ -72,11 +89,11 @@ def _wave(t: Any, n: float, a: float, b: float, cycles: float, skip: float = 0.0
 
 
 def _exp(t: Any, n: float, a: float, b: float, bias: float = 0.0) -> Any:
-    return (a - bias) * np.power((b - bias) / (a - bias), t / n) + bias
+    return _mix(bias, a, np.power((b - bias) / (a - bias), t / n))
 
 
 def _decay(t: Any, n: float, a: float, b: float, tau: float, bias: float = 0.0) -> Any:
-    return (a - bias) * np.exp(-t / tau) + bias
+    return _mix(bias, a, np.exp(-t / tau))
 
 
 def _power(t: Any, n: float, a: float, b: float, scale: float, exponent: float = -0.5) -> Any:
@@ -91,12 +108,16 @@ def _step(t: Any, n: float, a: float, b: float, factor: float, every: float) -> 
     return a * np.power(factor, np.floor(t / every * (1 + 1e-12)))
 
 
-def _table(t: Any, n: float, a: float, b: float, values: tuple[float, ...]) -> Any:
-    grid = np.linspace(0.0, n, len(values)) if n != len(values) - 1 else np.arange(len(values), dtype=float)
-    return np.interp(t, grid, np.asarray(values, float))
+def _table(t: Any, n: float, a: float, b: float, values: Any) -> Any:
+    last = len(values) - 1
+    if last == 0:
+        return values[0] + 0.0 * t
+    at = t if n == last else t * (last / n)
+    i = np.minimum(at, last - 1).astype(np.int64) if isinstance(at, np.ndarray) else min(int(at), last - 1)
+    return _mix(values[i], values[i + 1], at - i)
 
 
-def _mix(a: float, b: float, s: Any) -> Any:
+def _mix(a: Any, b: Any, s: Any) -> Any:
     """a at s=0 and b at s=1, both exactly."""
     return a * (1.0 - s) + b * s
 
@@ -135,35 +156,35 @@ for _shape in (
     Shape(name="linear", value=_linear, formula="a + (b − a)·u"),
     Shape(
         name="cosine", value=_cosine, formula="b + (a − b)·((1 + cos πu^k)/2)^p,  u = (t + skip)/(n + skip)",
-        params={"skip": "length", "k": "number", "p": "number"},
+        params={"skip": "length", "k": "positive", "p": "positive"},
     ),
     Shape(name="sqrt", value=_sqrt, formula="a + (b − a)·√u   (the 1-sqrt cooldown)"),
     Shape(name="square", value=_square, formula="a + (b − a)·u²   (the 1-square cooldown)"),
     Shape(
         name="poly", value=_poly, formula="b + (a − b)·(1 − u^k)^p,  u = (t + skip)/(n + skip)",
-        params={"p": "number", "skip": "length", "k": "number"}, required=("p",),
+        params={"p": "positive", "skip": "length", "k": "positive"}, required=("p",),
     ),
     Shape(
         name="wave", value=_wave, formula="b + (a − b)·max(0, (1 + cos 2π·cycles·u)/2),  u = (t + skip)/(n + skip)",
-        params={"cycles": "number", "skip": "length"}, required=("cycles",),
+        params={"cycles": "positive", "skip": "length"}, required=("cycles",), lands=False,
     ),
     Shape(name="exp", value=_exp, formula="(a − β)·((b − β)/(a − β))^u + β", params={"bias": "number"}),
     Shape(
-        name="decay", value=_decay, formula="(a − β)·exp(−t/τ) + β", params={"tau": "length", "bias": "number"},
+        name="decay", value=_decay, formula="(a − β)·exp(−t/τ) + β", params={"tau": "length", "bias": "share"},
         required=("tau",), own_end=True,
     ),
     Shape(
-        name="power", value=_power, formula="a·(1 + t/s)^e", params={"scale": "length", "exponent": "number"},
+        name="power", value=_power, formula="a·(1 + t/s)^e", params={"scale": "length", "exponent": "falling"},
         own_end=True,
     ),
     Shape(name="inv_sqrt", value=_inv_sqrt, formula="a·√(s/(s + t))", params={"scale": "length"}, own_end=True),
     Shape(
-        name="step", value=_step, formula="a·f^⌊t/every⌋", params={"factor": "number", "every": "length"},
+        name="step", value=_step, formula="a·f^⌊t/every⌋", params={"factor": "share", "every": "length"},
         required=("factor", "every"), own_end=True,
     ),
     Shape(
         name="table", value=_table, formula="piecewise linear through the values, evenly spaced over n",
-        params={"values": "numbers"}, required=("values",), own_end=True,
+        params={"values": "shares"}, required=("values",), own_end=True,
     ),
 ):  # fmt: skip
     register_shape(_shape)

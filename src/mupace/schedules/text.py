@@ -4,7 +4,8 @@
     phase    = shape [ "(" name "=" value { "," … } ")" ] [ length ] [ "until" length ] [ "from" value ] [ "->" value ]
              | count "x(" phase { "|" phase } ")"
 
-A phase without a length takes what the others leave. `warmup` is a linear rise to 1. For example
+A phase without a length (or with "rest") takes what the others leave. `warmup` is a linear rise to 1. A length has
+its unit (see `Span`), a value is a fraction of the peak; → reads as ->. For example
 
     warmup 2% | hold 78% | sqrt 20% -> 0
     warmup 4000 steps | inv_sqrt
@@ -16,16 +17,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from mupace.errors import ConfigError
-from mupace.schedules.shapes import SHAPES
+from mupace.errors import ConfigError, one_of
+from mupace.schedules.shapes import Shape, find_shape
 from mupace.units import Span
 
 if TYPE_CHECKING:
     from mupace.schedules.phases import Arg, Phase, Schedule
 
-_REPEAT = re.compile(r"^\s*(\d+)\s*x\s*\((.*)\)\s*$", re.DOTALL)
-_PHASE = re.compile(r"^\s*([\w-]+)\s*(?:\(([^()]*)\))?\s*(.*?)\s*(?:->\s*(\S+))?\s*$", re.DOTALL)
+_REPEAT = re.compile(r"(\d{1,9})\s*x\s*\((.*)\)", re.DOTALL)
+_NAME = re.compile(r"\w+(?:-\w+)*")
 _CLAUSE = re.compile(r"\b(until|from)\b")
+_MOST = 10_000  # phases in one text
+_EXAMPLE = "legal is for instance 'warmup 2% | hold | sqrt 20% -> 0'"
 
 
 def parse(text: str) -> Schedule:
@@ -33,67 +36,99 @@ def parse(text: str) -> Schedule:
     from mupace.schedules.phases import Schedule
 
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"schedule={text!r} is empty; legal is for instance 'warmup 2% | hold | sqrt 20% -> 0'")
-    body, _, sample = text.replace("→", "->").partition("@")
-    phases = tuple(_phases(body))
-    return Schedule(phases=phases, sample=sample.strip() or "midpoint")  # type: ignore[arg-type]
+        raise ConfigError(f"schedule={text!r} is empty; {_EXAMPLE}")
+    body, at, sample = text.replace("→", "->").partition("@")
+    if at and not sample.strip():
+        raise ConfigError(f"schedule={text!r}: it says no sample after '@'; legal are midpoint, start, end")
+    return Schedule(phases=tuple(_phases(body, text)), sample=sample.strip() or "midpoint")  # type: ignore[arg-type]
 
 
-def _phases(text: str) -> list[Phase]:
+def _phases(text: str, whole: str, depth: int = 0) -> list[Phase]:
     found: list[Phase] = []
-    for part in _split(text):
-        repeat = _REPEAT.match(part)
-        found += _phases(repeat[2]) * int(repeat[1]) if repeat else [_phase(part)]
+    for part in _split(text, whole):
+        repeat = _REPEAT.fullmatch(part)
+        if repeat is None:
+            found.append(_phase(part, whole))
+            continue
+        count = int(repeat[1])
+        inner = _phases(repeat[2], whole, depth + 1) if depth < 8 else []
+        if not inner or not 1 <= count <= _MOST // len(inner):
+            raise ConfigError(f"schedule={brief(whole)}: legal is to repeat 1 to {_MOST} phases, nested at most 8 deep")
+        found += inner * count
     return found
 
 
-def _split(text: str) -> list[str]:
+def _split(text: str, whole: str) -> list[str]:
     """Cut at the bars that stand outside parentheses."""
-    parts, depth = [""], 0
-    for char in text:
+    parts, depth, begin = [], 0, 0
+    for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
+        if depth < 0:
+            break
         if char == "|" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
+            parts.append(text[begin:i].strip())
+            begin = i + 1
+    if depth != 0:
+        raise ConfigError(f"schedule={brief(whole)}: its parentheses do not match")
+    return [*parts, text[begin:].strip()]
 
 
-def _phase(text: str) -> Phase:
+def _phase(text: str, whole: str) -> Phase:
+    if not text:
+        raise ConfigError(f"schedule={brief(whole)}: there is an empty phase between its bars; {_EXAMPLE}")
+    try:
+        return _read(text)
+    except ConfigError as error:
+        raise type(error)(f"phase {brief(text)}: {error}") from None
+
+
+def _read(text: str) -> Phase:
+    """`shape(args) length until length from value -> value`."""
     from mupace.schedules.phases import Phase
 
-    found = _PHASE.match(text)
-    if found is None:
-        raise ConfigError(f"phase {text.strip()!r} cannot be read; legal is for instance 'sqrt 20% -> 0'")
-    name, args, middle, end = found.groups()
-    pieces = _CLAUSE.split(middle)
-    clauses = dict(zip(pieces[1::2], pieces[2::2], strict=True))
-    label = f"the length of {name}"
-    try:
-        return Phase(
-            shape=name,
-            span=Span.parse(pieces[0], label) if pieces[0].strip() not in ("", "rest") else None,
-            until=Span.parse(clauses["until"], f"until in {name}") if "until" in clauses else None,
-            begin=_number(clauses["from"], "from") if "from" in clauses else None,
-            end=_number(end, "->") if end else None,
-            args=tuple(_args(args, name)),
-        )
-    except ConfigError as error:
-        raise type(error)(f"phase {text.strip()!r}: {error}") from None
+    head, arrow, end = text.partition("->")
+    name = _NAME.match(head)
+    if name is None:
+        raise ConfigError("it begins with no shape; legal is for instance 'sqrt 20% -> 0'")
+    find_shape(name[0])
+    args, rest = _parenthesis(head[name.end() :].strip())
+    span, *pieces = (x.strip() for x in _CLAUSE.split(rest))
+    clauses = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    if len(clauses) < len(pieces) // 2 or list(clauses) not in ([], ["until"], ["from"], ["until", "from"]):
+        raise ConfigError("legal is the order 'shape length until length from value -> value', each once")
+    if arrow and not end.strip():
+        raise ConfigError("nothing stands after '->'; legal is a fraction of the peak, 0 to 1")
+    return Phase(
+        shape=name[0],
+        span=Span.parse(span, "length") if span not in ("", "rest") else None,
+        until=Span.parse(clauses["until"], "until") if "until" in clauses else None,
+        begin=_number(clauses["from"], "from") if "from" in clauses else None,
+        end=_number(end, "->") if arrow else None,
+        args=tuple(_args(args, find_shape(name[0]))),
+    )
 
 
-def _args(text: str | None, shape: str) -> list[tuple[str, Arg]]:
+def _parenthesis(text: str) -> tuple[str, str]:
+    """The parameters in front, and what follows them."""
+    if not text.startswith("("):
+        return "", text
+    inside, closed, rest = text[1:].partition(")")
+    assert closed, "the parentheses were counted"
+    return inside, rest.strip()
+
+
+def _args(text: str, shape: Shape) -> list[tuple[str, Arg]]:
     pairs: list[tuple[str, Arg]] = []
-    for part in (text or "").split(","):
+    for part in text.split(",") if text.strip() else []:
         name, equals, value = (x.strip() for x in part.partition("="))
-        if not part.strip():
-            continue
         if not equals:
             raise ConfigError(f"parameter {part.strip()!r}; legal is name=value")
-        kind = SHAPES[shape].params.get(name, "number") if shape in SHAPES else "number"
+        if name not in shape.params:
+            raise one_of(f"{shape.name} parameter", name, shape.params or ["none"])
+        kind = shape.params[name]
         if kind == "length":
-            pairs.append((name, Span.parse(value, f"{shape}({name})")))
-        elif kind == "numbers":
+            pairs.append((name, Span.parse(value, f"{shape.name}({name})")))
+        elif kind == "shares":
             pairs.append((name, tuple(_number(v, name) for v in value.split())))
         else:
             pairs.append((name, _number(value, name)))
@@ -105,6 +140,12 @@ def _number(text: str, name: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"{name} {text.strip()!r} is not a number") from None
+
+
+def brief(text: object, most: int = 120) -> str:
+    """The text as a quoted line, shortened in the middle where it is long."""
+    line = repr(str(text))
+    return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
 
 
 def render(schedule: Schedule) -> str:

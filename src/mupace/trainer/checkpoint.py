@@ -109,7 +109,7 @@ def load(path: str | Path, *, model: Any, optimizers: Sequence[Optimizer], rank:
     """
     path = Path(path)
     verify(path)
-    _same(path, "tensors", _read_json(path / MANIFEST)["tensors"], _tensors(model))
+    _same(path, "tensors", _manifest(path)[1], _tensors(model))
     saved = _read_tensors(path / "optimizer.pt")
     _check_optimizers(path, saved, model, optimizers)
     rng = None if rank is None else _rng_of(path, rank)
@@ -151,14 +151,14 @@ def verify(path: str | Path) -> None:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path}: there is no such directory")
-    for name, want in _manifest(path)["files"].items():
+    for name, (size, sha256) in _manifest(path)[0].items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path}: {name} is missing")
-        if file.stat().st_size != want["size"]:
-            raise CheckpointError(f"checkpoint {path}: {name} has {file.stat().st_size} bytes, expected {want['size']}")
-        if (got := file_sha256(file)) != want["sha256"]:
-            raise CheckpointError(f"checkpoint {path}: {name} has sha256 {got[:12]}…, expected {want['sha256'][:12]}…")
+        if (got_size := file.stat().st_size) != size:
+            raise CheckpointError(f"checkpoint {path}: {name} has {got_size} bytes, expected {size}")
+        if (got := file_sha256(file)) != sha256:
+            raise CheckpointError(f"checkpoint {path}: {name} has sha256 {got[:12]}…, expected {sha256[:12]}…")
 
 
 def discard_after(run_dir: str | Path, step: int) -> list[Path]:
@@ -276,7 +276,11 @@ def _tensors(model: Any) -> dict[str, str]:
 
 
 def _optimizer_state(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    return {"names": [_names(model, o) for o in optimizers], "states": [o.state_dict() for o in optimizers]}
+    return {
+        "kinds": [type(o).__name__ for o in optimizers],
+        "names": [_names(model, o) for o in optimizers],
+        "states": [o.state_dict() for o in optimizers],
+    }
 
 
 def _names(model: Any, optimizer: Optimizer) -> list[list[str]]:
@@ -290,6 +294,7 @@ def _check_optimizers(path: Path, saved: Mapping[str, Any], model: Any, optimize
         raise CheckpointError(
             f"checkpoint {path}: it holds {len(saved['states'])} optimizers, this run has {len(optimizers)}"
         )
+    _same(path, "optimizers", dict(enumerate(saved["kinds"])), dict(enumerate(type(o).__name__ for o in optimizers)))
     for i, (names, optimizer) in enumerate(zip(saved["names"], optimizers, strict=True)):
         own = _names(model, optimizer)
         if len(names) != len(own):
@@ -343,17 +348,18 @@ def _read_tensors(file: Path) -> dict[str, Any]:
     return value
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+    """(file -> size and sha256, tensor -> dtype and shape)"""
     try:
-        manifest: dict[str, Any] = _read_json(path / MANIFEST)
-        schema = manifest["schema"]
+        manifest = _read_json(path / MANIFEST)
+        if (schema := manifest["schema"]) != SCHEMA:
+            raise CheckpointError(f"checkpoint {path}: {MANIFEST} has schema {schema}, this version reads {SCHEMA}")
+        files = {name: (int(want["size"]), str(want["sha256"])) for name, want in manifest["files"].items()}
+        return files, dict(manifest["tensors"])
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path}: {MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged") from None
-    if schema != SCHEMA:
-        raise CheckpointError(f"checkpoint {path}: {MANIFEST} has schema {schema}, this version reads {SCHEMA}")
-    return manifest
 
 
 def _to_json(state: Mapping[str, Any]) -> str:

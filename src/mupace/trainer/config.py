@@ -1,35 +1,47 @@
 """What a run is: one TOML file (or a dict), checked whole before anything is built.
 
 Every length carries its unit. Unknown keys, wrong types and impossible values are refused with one line that names
-the key as it was written. The checked value is frozen; `RunConfig.to_dict()` is JSON-able and reads back equal.
+the key as it was written. What is on by default is switched off by the word "off", as TOML has no null. The checked
+value is frozen; `RunConfig.to_dict()` is JSON-able and reads back equal.
 """
 
 from __future__ import annotations
 
+import json
+import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mupace.errors import ConfigError, one_of
 from mupace.schedules import Curve, Schedule, preset, schedule
-from mupace.schedules.presets import PRESETS
 from mupace.units import Span, batch_tokens
 
 
-def _span(text: str) -> str:
-    return str(Span.parse(text))
+OFF = "off"
 
 
-Length = Annotated[str, AfterValidator(_span)]
+def _length(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"span={value!r} has no unit: write a length as text, such as '500 steps' or '2%'")
+    return str(Span.parse(value))
+
+
+def _switched(value: Any) -> Any:
+    return None if value == OFF else value
+
+
+Length = Annotated[str, BeforeValidator(_length)]
+Switch = BeforeValidator(_switched)  # the word "off" is None
 Stage = Literal["pretrain", "continue", "sft", "lora", "preference", "rl"]
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -70,6 +82,13 @@ class OptimizerSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     rest: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _set_once(self) -> OptimizerSection:
+        for table in ("options", "rest"):
+            for key in {"lr", "weight_decay"} & getattr(self, table).keys():  # the groups' own would win, silently
+                raise ConfigError(f"{table}.{key}: legal is optimizer.{key}, and [[groups.rules]] for some tensors")
+        return self
+
 
 class ScheduleSection(Section):
     """The curve: `text`, or `preset`, or `phases` with `start`; and the length of the run."""
@@ -87,9 +106,9 @@ class ScheduleSection(Section):
     def _one_source(self) -> ScheduleSection:
         given = [k for k in ("text", "preset", "phases") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ConfigError(
-                f"schedule: {' and '.join(given) or 'nothing'} given; legal is one of text, preset, phases"
-            )
+            raise ConfigError(f"{' and '.join(given) or 'nothing'} given; legal is one of text, preset, phases")
+        if self.start is not None and self.phases is None:
+            raise ConfigError(f"start={self.start:g} belongs to phases; {given[0]} has a start of its own")
         self.schedule()
         return self
 
@@ -115,6 +134,17 @@ class RuleSection(Section):
     unfreeze: Length | None = None
     freeze: bool = False
 
+    @model_validator(mode="after")
+    def _does_one_thing(self) -> RuleSection:
+        plain = RuleSection.model_construct(select=self.select)
+        said = [k for k in RuleSection.model_fields if k != "freeze" and getattr(self, k) != getattr(plain, k)]
+        if self.freeze and said:
+            raise ConfigError(f"select={self.select!r}: freeze and {said[0]} are given; a frozen tensor has no rate")
+        if not self.freeze and not said:
+            legal = ", ".join(k for k in RuleSection.model_fields if k != "select")
+            raise ConfigError(f"select={self.select!r} sets nothing; legal are {legal}")
+        return self
+
 
 class GroupsSection(Section):
     """Who gets which multiplier."""
@@ -126,25 +156,25 @@ class GroupsSection(Section):
 
 
 class ClipSection(Section):
-    """Gradient clipping: by global norm, or element by element; null leaves it out."""
+    """Gradient clipping: element by element, then by global norm; "off" leaves the latter out."""
 
-    norm: float | None = Field(default=1.0, gt=0)
+    norm: Annotated[Annotated[float, Field(gt=0)] | None, Switch] = 1.0
     value: float | None = Field(default=None, gt=0)
 
 
 class EvalSection(Section):
     """Evaluation on a fixed set of validation blocks, and a sample of generated text at the end."""
 
-    every: Length | None = "50 steps"
+    every: Annotated[Length | None, Switch] = "50 steps"
     blocks: Positive = 64
     sample_tokens: int = Field(default=200, ge=0)
     prompt: str = "def "
 
 
 class CheckpointSection(Section):
-    """Whole directories, the last `keep` of them."""
+    """Whole directories, the last `keep` of them; the end of a run is always saved."""
 
-    every: Length | None = "100 steps"
+    every: Annotated[Length | None, Switch] = "100 steps"
     keep: Positive = 2
 
 
@@ -152,7 +182,7 @@ class RunSection(Section):
     """Everything else about the run."""
 
     stage: Stage = "pretrain"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: Positive | None = None
@@ -182,9 +212,14 @@ class RunConfig(Section):
             ConfigError: one line naming the first key that is wrong.
         """
         try:
-            return cls.model_validate(dict(values))
+            config = cls.model_validate(dict(values))
         except ValidationError as error:
             raise _one_line(error) from None
+        try:
+            json.dumps(config.to_dict(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config: a value cannot be written as JSON: {error}") from None
+        return config
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -192,7 +227,8 @@ class RunConfig(Section):
         return cls.parse(read_toml(path))
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude_none=True)
+        """JSON-able; `parse` reads it back equal."""
+        return _plain(self)
 
     def replace(self, changes: Mapping[str, Any]) -> RunConfig:
         """The config with dotted keys set, checked again: {"optimizer.lr": 1e-3}."""
@@ -241,22 +277,58 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not TOML: {error}") from None
 
 
+def _plain(section: Section) -> dict[str, Any]:
+    """Every key that has a value; what is on by default and was switched off is "off"."""
+    out: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            value = _plain(value)
+        elif isinstance(value, list):
+            value = [_plain(v) if isinstance(v, Section) else v for v in value]
+        elif value is None and field.default is not None:
+            value = OFF
+        if value is not None:
+            out[name] = value
+    return out
+
+
 def _one_line(error: ValidationError) -> ConfigError:
-    """The first thing that is wrong, with the key as it was written."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    """The first thing that is wrong, with the key as it was written; a misspelt key goes before a missing one."""
+    problems = error.errors()
+    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+    where = _written(first["loc"])
     if first["type"] == "extra_forbidden":
         *section, key = first["loc"]
         return one_of(f"key in [{'.'.join(map(str, section))}]" if section else "section", key, _legal(section))
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
-        return ConfigError(f"{where}: {inner}")
+        text = str(inner)
+        return ConfigError(text.replace("span=", f"{where}=", 1) if "span=" in text else f"{where}: {text}")
     if first["type"] == "missing":
         return ConfigError(f"{where}: missing; it is required")
-    return ConfigError(f"{where}={first['input']!r}: {first['msg']}")
+    if first["type"] == "model_type":
+        return ConfigError(f"{where}={reprlib.repr(first['input'])}: legal is a table, [{where}]")
+    legal = dict.fromkeys(p["msg"].removeprefix("Input should be ") for p in problems if _written(p["loc"]) == where)
+    return ConfigError(f"{where}={reprlib.repr(first['input'])}: legal is {' or '.join(legal)}")
 
 
-def _legal(section: list[Any]) -> list[str]:
+def _written(place: Sequence[int | str]) -> str:
+    """The place of an error as keys, without the names of pydantic's own union branches."""
+    model: Any = RunConfig
+    keys: list[str] = []
+    for part in place:
+        if isinstance(model, type) and issubclass(model, Section):
+            model = model.model_fields[str(part)].annotation if part in model.model_fields else None
+        elif isinstance(part, int) and getattr(model, "__origin__", None) is list:
+            model = model.__args__[0]
+        elif getattr(model, "__origin__", None) is not dict:
+            break
+        keys.append(str(part))
+    return ".".join(keys)
+
+
+def _legal(section: Sequence[int | str]) -> list[str]:
     """The legal keys of a section, found by walking the models."""
     model: Any = RunConfig
     for part in section:
@@ -265,6 +337,3 @@ def _legal(section: list[Any]) -> list[str]:
         else:
             model = model.__args__[0]  # an element of a list
     return list(model.model_fields)
-
-
-STAGES = tuple(sorted({p.stage for p in PRESETS.values()}))

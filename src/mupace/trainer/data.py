@@ -342,9 +342,9 @@ def _files(source: str) -> list[tuple[str, Path]]:
     path = Path(source)
     if source == STDLIB:
         return _stdlib()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, these two take any text for an answer
         found = [(p.relative_to(path).as_posix(), p) for p in _walk(path, frozenset())]
-    elif path.exists():
+    elif os.path.exists(path):
         return [(source, _explicit(path))]
     else:
         matches = (Path(p) for p in sorted(glob.glob(source, recursive=True)))
@@ -370,11 +370,15 @@ def _stdlib() -> list[tuple[str, Path]]:
 
 
 def _walk(root: Path, skip: frozenset[str]) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=_unreadable):
         folders[:] = sorted(f for f in folders if f not in skip and not f.startswith((".", "__pycache__")))
         for name in sorted(files):
             if not name.startswith(".") and _suffix(Path(name)) in SUFFIXES:
                 yield Path(folder, name)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"data: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def _suffix(path: Path) -> str:

@@ -116,7 +116,7 @@ def build(blueprint: Blueprint, *, seed: int = 0) -> Any:
     if blueprint.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"gradient_checkpointing=True is not supported by {type(model).__name__}")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model)
     return model.train()
 
 
@@ -263,7 +263,7 @@ def _from_folder(model: str | Path, overrides: Mapping[str, object]) -> tuple[An
     from transformers import AutoConfig
 
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if isinstance(model, Path) or os.sep in model or model.startswith((".", "~")):
             raise ConfigError(f"model={str(model)!r}: there is no such folder")
         raise one_of("model", model, [*NAMES, "a folder with a config.json"], MatchError)
@@ -313,6 +313,14 @@ def _check_fit(config: Any, tokenizer: Tokenizer, seq_len: int) -> None:
         raise ConfigError(
             f"seq_len={seq_len} needs {seq_len + 1} positions, the model has max_position_embeddings={positions}"
         )
+
+
+def _recompute(model: Any) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in later versions of transformers 5
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _create(blueprint: Blueprint) -> Any:

@@ -102,7 +102,7 @@ class HFTokenizer:
             raise ConfigError(f"tokenizer={name!r} has no end-of-sequence token, which ends a document")
         self.name = name
         self.sha256 = sha256
-        self.vocab_size = len(backend)
+        self.vocab_size = max(backend.get_vocab().values()) + 1  # there may be unused ids in between
         self.end_of_document = int(backend.eos_token_id)
         self._backend = backend
 
@@ -160,7 +160,7 @@ def resolve_tokenizer(spec: str | Path, documents: Sequence[bytes], key: str, ca
         return ByteTokenizer()
     if word.startswith("bpe:"):
         return _bpe(_bpe_size(word), documents, key, cache or cache_dir())
-    if Path(spec).is_dir():
+    if os.path.isdir(spec):
         return _from_folder(Path(spec))
     raise ConfigError(
         f"tokenizer={word!r} is not known: legal are bytes, bpe:N with N from 257 to {MAX_BPE}, "

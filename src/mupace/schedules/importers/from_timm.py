@@ -31,10 +31,18 @@ _IGNORED = ("t_in_epochs", "initialize", "noise_pct", "noise_std", "noise_seed")
 
 
 def _cosine(
-    base: float, *, t_initial: int, lr_min: float = 0.0, warmup_t: int = 0, warmup_lr_init: float = 0.0,
-    warmup_prefix: bool = False, cycle_mul: float = 1.0, cycle_decay: float = 1.0, cycle_limit: int = 1,
+    base: float,
+    *,
+    t_initial: int,
+    lr_min: float = 0.0,
+    warmup_t: int = 0,
+    warmup_lr_init: float = 0.0,
+    warmup_prefix: bool = False,
+    cycle_mul: float = 1.0,
+    cycle_decay: float = 1.0,
+    cycle_limit: int = 1,
     k_decay: float = 1.0,
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     shape: dict[str, Any] = {"shape": "cosine"} | ({"k": float(k_decay)} if k_decay != 1 else {})
     first = 0 if warmup_prefix else warmup_t
     cycles = _cycles(base, first, lr_min, t_initial, cycle_mul, cycle_decay, cycle_limit, shape)
@@ -42,10 +50,19 @@ def _cosine(
 
 
 def _poly(
-    base: float, *, t_initial: int, power: float = 0.5, lr_min: float = 0.0, warmup_t: int = 0,
-    warmup_lr_init: float = 0.0, warmup_prefix: bool = False, cycle_mul: float = 1.0, cycle_decay: float = 1.0, cycle_limit: int = 1,
+    base: float,
+    *,
+    t_initial: int,
+    power: float = 0.5,
+    lr_min: float = 0.0,
+    warmup_t: int = 0,
+    warmup_lr_init: float = 0.0,
+    warmup_prefix: bool = False,
+    cycle_mul: float = 1.0,
+    cycle_decay: float = 1.0,
+    cycle_limit: int = 1,
     k_decay: float = 1.0,
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     if power <= 0:
         raise ConfigError(f"power={power!r}: legal is a positive number")
     shape: dict[str, Any] = {"shape": "poly", "p": float(power)} | ({"k": float(k_decay)} if k_decay != 1 else {})
@@ -70,10 +87,19 @@ def _cycles(
 
 
 def _tanh(
-    base: float, *, t_initial: int, lb: float = -7.0, ub: float = 3.0, lr_min: float = 0.0, warmup_t: int = 0,
-    warmup_lr_init: float = 0.0, warmup_prefix: bool = False, cycle_mul: float = 1.0, cycle_decay: float = 1.0,
+    base: float,
+    *,
+    t_initial: int,
+    lb: float = -7.0,
+    ub: float = 3.0,
+    lr_min: float = 0.0,
+    warmup_t: int = 0,
+    warmup_lr_init: float = 0.0,
+    warmup_prefix: bool = False,
+    cycle_mul: float = 1.0,
+    cycle_decay: float = 1.0,
     cycle_limit: int = 1,
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     """low + (top − low)·(1 − tanh(lb·(1 − u) + ub·u))/2 as tables, one per cycle."""
 
     def value(t: int) -> float:
@@ -96,9 +122,14 @@ def _tanh(
 
 
 def _step(
-    base: float, *, decay_t: float, decay_rate: float = 1.0, warmup_t: int = 0, warmup_lr_init: float = 0.0,
+    base: float,
+    *,
+    decay_t: float,
+    decay_rate: float = 1.0,
+    warmup_t: int = 0,
+    warmup_lr_init: float = 0.0,
     warmup_prefix: bool = True,
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     if not decay_t > 0 or not 0 <= decay_rate <= 1:
         raise ConfigError(
             f"decay_t={decay_t!r}, decay_rate={decay_rate!r}: legal are a positive length and a rate of 0 to 1"
@@ -113,9 +144,14 @@ def _step(
 
 
 def _multistep(
-    base: float, *, decay_t: list[int], decay_rate: float = 1.0, warmup_t: int = 0, warmup_lr_init: float = 0.0,
+    base: float,
+    *,
+    decay_t: list[int],
+    decay_rate: float = 1.0,
+    warmup_t: int = 0,
+    warmup_lr_init: float = 0.0,
     warmup_prefix: bool = True,
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     """A milestone m acts at m − 1, but never on what the constructor leaves at 0."""
     first = 0 if warmup_prefix else warmup_t
     at = [m - 1 - first for m in sorted(decay_t)]
@@ -132,10 +168,20 @@ def _constant(base: float, *, warmup_t: int = 0, warmup_lr_init: float = 0.0, wa
 
 
 def _wsd(
-    base: float, *, t_initial: int, decay_t: int, lr_min: float = 0.0, stable_fn: str = "constant",
-    stable_timescale: float | None = None, stable_power: float = 0.5,
-    decay_fn: str | Callable[[float], float] = "1-sqrt", decay_power: float = 0.5, decay_ratio: float = 0.1, warmup_t: int = 0, warmup_lr_init: float = 0.0,
-) -> list[Part]:  # fmt: skip
+    base: float,
+    *,
+    t_initial: int,
+    decay_t: int,
+    lr_min: float = 0.0,
+    stable_fn: str = "constant",
+    stable_timescale: float | None = None,
+    stable_power: float = 0.5,
+    decay_fn: str | Callable[[float], float] = "1-sqrt",
+    decay_power: float = 0.5,
+    decay_ratio: float = 0.1,
+    warmup_t: int = 0,
+    warmup_lr_init: float = 0.0,
+) -> list[Part]:
     if stable_fn not in ("constant", "rsqrt", "power"):
         raise one_of("stable_fn", stable_fn, ("constant", "rsqrt", "power"))
     if not 0 < decay_t <= t_initial or not lr_min <= base:
@@ -309,7 +355,8 @@ def _rounded(name: str, base: float, kw: Mapping[str, Any], n: int) -> list[Part
 def _unit(name: str, u: float, kw: Mapping[str, Any]) -> float:
     """The curve of one cycle from 1 to 0."""
     if name == "tanh":
-        return 0.5 * (1.0 - math.tanh(kw.get("lb", -7.0) * (1.0 - u) + kw.get("ub", 3.0) * u))
+        low, high = float(kw.get("lb", -7.0)), float(kw.get("ub", 3.0))
+        return 0.5 * (1.0 - math.tanh(low * (1.0 - u) + high * u))
     way: float = u ** kw.get("k_decay", 1.0)
     power: float = kw.get("power", 0.5)
-    return 0.5 * (1 + math.cos(math.pi * way)) if name == "cosine" else float((1 - way) ** power)
+    return 0.5 * (1.0 + math.cos(math.pi * way)) if name == "cosine" else float((1.0 - way) ** power)

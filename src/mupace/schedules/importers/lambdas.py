@@ -15,15 +15,15 @@ from mupace.schedules.phases import Sample
 _TITAN = {"warmup_steps", "stable_steps", "decay_steps", "lr_decay_type", "min_lr_factor"}
 
 
-def lambda_parts(function: Callable[[int], float], base: float, n: int) -> tuple[list[Part], Sample, tuple[str, ...]]:
-    """(parts in learning rates, where an update reads them, notes) of one group's lambda."""
+def lambda_parts(function: Callable[[int], float], n: int) -> tuple[list[Part], Sample, tuple[str, ...]]:
+    """(parts in factors of the base rate, where an update reads them, notes) of one group's lambda."""
     known = _known(function, n)
     if known is not None:
         parts, sample = known
-        return [scaled(p, base) for p in parts], sample, ()
+        return parts, sample, ()
     name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
     return (
-        [tabled(lambda i: base * float(function(i)), 0, n)],
+        [tabled(function, 0, n)],
         "start",
         (f"{name}: a table of its values at every step",),
     )

@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make demo`, `make test`.
+
+PY ?= python3
+V := .venv
+BIN := $(V)/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+export PYTHONNOUSERSITE := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all check bench bench-small docs clean
+
+demo: $(V)/.run  ## train a small Transformer on real text, kill it, resume it, write the report
+	$(BIN)/mupace demo --out runs/demo
+
+test: $(V)/.dev  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-all: $(V)/.dev  ## and the slow tests, and those that start several processes
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(V)/.dev  ## format, lint, types, tests, docs: what CI runs
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/zensical build --clean
+
+bench: $(V)/.dev  ## the figures that the README states; exits non-zero when one is missed
+	$(BIN)/python benchmarks/run.py
+
+docs: $(V)/.dev  ## the documentation site, in site/
+	$(BIN)/zensical build --clean
+
+clean:
+	rm -rf $(V) site runs .pytest_cache .mypy_cache .ruff_cache
+
+$(V)/.venv: constraints.txt
+	$(PY) -m venv $(V)
+	$(PIP) torch==2.13.0 numpy
+	touch $@
+
+$(V)/.run: $(V)/.venv pyproject.toml
+	$(PIP) -e ".[hf,plot]"
+	touch $@
+
+$(V)/.dev: $(V)/.venv pyproject.toml
+	$(PIP) -e ".[dev]"
+	$(BIN)/pip check
+	touch $@ $(V)/.run

@@ -1,0 +1,117 @@
+"""Changing a plan while it runs: the main curve, the curves of groups and fields that were planned with it, the peaks.
+
+What was planned on the run's horizon moves with it, so that nothing jumps:
+
+    extend, cut    the main curve, every group's own schedule and every field follow the same rule
+    branch         the main curve and every group's own schedule cool down; fields stay on their curve
+    gates          (`unfreeze`, `rewarm`) stay where they were
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mupace.errors import ConfigError, one_of
+from mupace.lanes import GroupSpec
+from mupace.schedules import Curve, branch, retotal
+from mupace.schedules.replan import Rule
+from mupace.units import Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a pacer follows: the main curve, the fields' curves, the groups."""
+
+    curve: Curve
+    fields: Mapping[str, Curve]
+    specs: tuple[GroupSpec, ...]
+
+    def factor(self, spec: GroupSpec, position: float) -> float:
+        """A group's factor at an axis position."""
+        out = 1.0
+        for c in spec.lane(self.curve):
+            out *= c(position, c.horizon.axis)
+        return out
+
+    def checked(self) -> Plan:
+        """Itself, once every group is known to fit.
+
+        Raises:
+            ConfigError: a group that opens after the end, or a floor that its curve cannot take.
+        """
+        for spec in self.specs:
+            try:
+                spec.lane(self.curve)
+            except ConfigError as e:
+                raise ConfigError(f"group {spec.name!r}: {e}") from None
+        return self
+
+
+def retotalled(plan: Plan, total: Span | str, at: int, rule: Rule) -> Plan:
+    """The plan with another end; `at` is the present position in updates."""
+    curve = retotal(plan.curve, total, at, rule)
+
+    def follow(c: Curve, name: str) -> Curve:
+        if c.horizon != plan.curve.horizon:  # it was given a horizon of its own
+            return c
+        own = "hold" if rule == "redecay" and c.pieces[-1].open_ended else rule
+        return _named(name, lambda: retotal(c, curve.horizon.total, at, own))
+
+    return Plan(
+        curve=curve,
+        fields={name: follow(c, f"field {name!r}") for name, c in plan.fields.items()},
+        specs=_with_own(plan.specs, follow),
+    ).checked()
+
+
+def branched(plan: Plan, length: Span | str, at: int, shape: str, end: float, again: bool) -> Plan:
+    """The plan with a cooldown from here; a group's own schedule cools down from where it stands."""
+    curve = branch(plan.curve, at, length, shape, end, again)
+
+    def follow(c: Curve, name: str) -> Curve:
+        return _named(name, lambda: branch(c, at, length, shape, min(end, float(c(at))), True))
+
+    return Plan(curve=curve, fields=plan.fields, specs=_with_own(plan.specs, follow)).checked()
+
+
+def refuse_jumps(old: Plan, new: Plan, position: float, rule: str) -> None:
+    """A change that should be smooth must be.
+
+    Raises:
+        ConfigError: a group's factor would differ at the present position.
+    """
+    for before, after in zip(old.specs, new.specs, strict=True):
+        a, b = old.factor(before, position), new.factor(after, position)
+        if abs(a - b) > 1e-9:
+            raise ConfigError(
+                f"{rule}: group {before.name!r} would jump from {a:.6g} to {b:.6g} of its peak (its floor is a map of the "
+                "curve's end); legal is the same end as before"
+            )
+
+
+def repeaked(specs: Sequence[GroupSpec], peak: float | Mapping[str, float]) -> tuple[GroupSpec, ...]:
+    """The groups with other peaks: a number is the new largest one, all others keep their ratio to it."""
+    peaks = {s.name: s.base["lr"] for s in specs}
+    if not isinstance(peak, Mapping):
+        largest = max(peaks.values())
+        if largest == 0:
+            raise ConfigError(f"set_peak: peak={peak!r}, but all peaks are 0 and have no ratio; legal is {{name: peak}}")
+        peak = {name: value / largest * float(peak) for name, value in peaks.items()}
+    for name, value in peak.items():
+        if name not in peaks:
+            raise one_of("set_peak group", name, peaks)
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"set_peak: {name}={value!r}; legal is a finite number, 0 or more")
+    return tuple(replace(s, base={**s.base, "lr": float(peak.get(s.name, s.base["lr"]))}) for s in specs)
+
+
+def _with_own(specs: Sequence[GroupSpec], follow: Callable[[Curve, str], Curve]) -> tuple[GroupSpec, ...]:
+    return tuple(s if s.own is None else replace(s, own=follow(s.own, f"group {s.name!r}")) for s in specs)
+
+
+def _named(name: str, make: Callable[[], Curve]) -> Curve:
+    try:
+        return make()
+    except ConfigError as e:
+        raise ConfigError(f"{name}: {e}") from None

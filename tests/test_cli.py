@@ -1,0 +1,286 @@
+"""The command line as a person uses it: exit codes, one-line errors, files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mupace.cli import COMMANDS, run
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 120
+CONFIG = """
+[schedule]
+text = "warmup 25% | hold 50% | sqrt 25% -> 0"
+total = "8 steps"
+
+[model]
+config = { hidden_size = 16, num_hidden_layers = 2, num_attention_heads = 2, intermediate_size = 32 }
+
+[data]
+text = ["TEXT"]
+cache = "CACHE"
+seq_len = 32
+
+[batch]
+micro = 4
+
+[eval]
+every = "4 steps"
+blocks = 2
+sample_tokens = 8
+
+[checkpoint]
+every = "4 steps"
+
+[run]
+threads = 1
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a config and a text beside it."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = CONFIG.replace("TEXT", str(tmp_path / "text.txt")).replace("CACHE", str(tmp_path / "cache"))
+    (tmp_path / "run.toml").write_text(config)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "mupace", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110, env=env)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, None])
+def test_help_says_what_a_command_does(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, *([command] if command else []), "--help")
+    assert code == 0
+    assert err == ""
+    words = " ".join(out.replace("│", " ").split())
+    for text in [COMMANDS[command]] if command else COMMANDS.values():
+        assert text.split(":")[0].split(";")[0].rstrip(".") in words
+
+
+def test_every_option_is_explained() -> None:
+    """`--help` has a sentence beside every option."""
+    from cyclopts import App
+
+    from mupace.cli import app
+
+    for name in COMMANDS:
+        command = app[name]
+        assert isinstance(command, App)
+        for argument in command.assemble_argument_collection(parse_docstring=True):
+            if argument.show:
+                assert argument.parameter.help, f"mupace {name}: {argument.name} has no help"
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from mupace.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_schedule_compares_three_curves_by_default(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "schedule", "--rows", "4")
+    assert code == 0
+    assert [w for w in ("Noam", "cosine", "WSD") if w in out] == ["Noam", "cosine", "WSD"]
+    assert "0.000699" in out  # Noam's peak at d_model 512
+    assert Path("schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_schedule_table_shows_rates_and_tokens(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(
+        capsys,
+        "schedule",
+        "warmup 10% | linear -> 0",
+        "--total",
+        "1M tokens",
+        "--tokens-per-step",
+        "10_000",
+        "--peak",
+        "0.5",
+    )
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ["10", "100,000", "1.000000", "0.5", "linear"] in rows
+    assert ["100", "1,000,000", "0.000000", "0", "end"] in rows
+    assert not list(Path().iterdir()), "a table writes no file"
+
+
+def test_schedule_csv_is_what_updates_get(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import mupace
+
+    code, _, _ = call(
+        capsys, "schedule", "warmup 4 steps | hold", "--total", "8 steps", "--peak", "2", "--csv", "lr.csv"
+    )
+    assert code == 0
+    rows = [line.split(",") for line in Path("lr.csv").read_text().splitlines()[1:]]
+    curve = mupace.schedule("warmup 4 steps | hold", total="8 steps")
+    assert [float(lr) for _, lr in rows] == [2 * f for f in curve.updates()]
+
+
+def test_schedule_previews_a_new_horizon(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = [
+        "schedule",
+        "warmup 10% | hold | linear 20% -> 0",
+        "--total",
+        "100 steps",
+        "--at",
+        "50",
+        "--new-total",
+        "200 steps",
+    ]
+    code, out, _ = call(capsys, *base)
+    assert code == 0
+    assert "factor 1.000000 -> 1.000000" in out
+    assert "total 100 steps -> 200 steps by hold" in out
+    code, _, err = call(capsys, *base[:-2])
+    assert (code, "--at and --new-total go together" in err) == (2, True)
+
+
+def test_schedule_scales_a_peak_with_the_batch(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "schedule", "hold", "--peak", "3e-4", "--scale-batch", "256:1024")
+    assert code == 0
+    assert "-> 0.0006 at batch 1024" in out
+
+
+def test_presets_have_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    from mupace.schedules import PRESETS
+
+    code, out, _ = call(capsys, "schedule", "--presets")
+    assert code == 0
+    assert out.count("source: ") == len(PRESETS)
+
+
+def test_params_shows_roles_and_groups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "params", "llama", "--set", "hidden_size=32", "--layer-decay", "0.5")
+    assert code == 0
+    assert "model.layers.{0..3}.self_attn.q_proj.weight" in out
+    assert "(32, 32)" in out
+    assert "0.5" in out
+    code, out, _ = call(capsys, "params", str(place / "run.toml"), "--select", "norm")
+    assert code == 0
+    assert "norm" in out
+    assert "q_proj" not in out.split("\n\n")[0]
+
+
+def test_train_then_report_then_nothing_left(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(place / "run.toml")
+    code, out, err = call(capsys, "train", config, "--out", "run")
+    assert code == 0, err
+    assert "finished after 8 updates" in out
+    assert sorted(p.name for p in Path("run").glob("step-*")) == ["step-00000004", "step-00000008"]
+    code, out, _ = call(capsys, "report", "run")
+    assert code == 0
+    assert Path(out.strip()) == Path("run/report.html")
+    assert b"Content-Security-Policy" in Path("run/report.html").read_bytes()
+    before = {p: p.stat().st_mtime_ns for p in Path("run").glob("step-*/*")}
+    code, out, _ = call(capsys, "train", config, "--out", "run")
+    assert code == 0
+    assert before == {p: p.stat().st_mtime_ns for p in Path("run").glob("step-*/*")}
+
+
+def test_a_finished_run_is_extended(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(place / "run.toml")
+    assert call(capsys, "train", config, "--out", "run", "--quiet")[0] == 0
+    code, out, err = call(
+        capsys, "train", config, "--out", "run", "--extend", "12 steps", "--rule", "redecay", "--reason", "more data"
+    )
+    assert code == 0, err
+    assert "finished after 12 updates" in out
+    rows = [json.loads(line) for line in Path("run/record.rank0.jsonl").read_text().splitlines()]
+    (replan,) = [row for row in rows if row["type"] == "replan"]
+    assert (replan["rule"], replan["reason"], replan["step"]) == ("extend/redecay", "more data", 8)
+
+
+def test_check_passes_fails_and_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(place / "run.toml")
+    code, out, err = call(capsys, "check", config)
+    assert code == 0, out + err
+    failing = ["check", config, "--set", "schedule.text=warmup 25% | linear -> 0 @ start"]
+    assert call(capsys, *failing)[0] == 1, "a first update at rate 0 fails an item"
+    assert call(capsys, "check", config, "--set", "schedule.txt=hold")[0] == 2
+    code, out, _ = call(capsys, "check", config, "--json")
+    assert {"pass", "n/a"} >= {item["verdict"] for item in json.loads(out)["items"]}
+
+
+BAD = {
+    "misspelt key": (["train", "C", "--out", "new", "--set", "optimizer.lrr=1"], "did you mean 'lr'"),
+    "misspelt section": (["train", "C", "--out", "new", "--set", "optimiser.lr=1"], "did you mean 'optimizer'"),
+    "span without unit": (["train", "C", "--out", "new", "--set", "schedule.total=100"], "schedule.total"),
+    "warmup longer than the run": (
+        ["train", "C", "--out", "new", "--set", "schedule.text=warmup 9 steps | hold"],
+        "more than total='8 steps'",
+    ),
+    "floor above the peak": (["train", "C", "--out", "new", "--set", "schedule.text=cosine -> 1.5"], "above the peak"),
+    "pattern that matches nothing": (
+        ["train", "C", "--out", "new", "--set", 'groups.rules=[{select="*.qproj.*", lr=0.5}]'],
+        "*.qproj.*",
+    ),
+    "empty text": (["train", "C", "--out", "new", "--set", "data.text=empty.txt"], "empty"),
+    "text that is not UTF-8": (["train", "C", "--out", "new", "--set", "data.text=latin.txt"], "UTF-8"),
+    "no such config": (["train", "none.toml", "--out", "new"], "none.toml"),
+    "no such model": (["params", "lama"], "did you mean 'llama'"),
+    "unknown option": (["schedule", "--totl", "9 steps"], "--totl"),
+    "unknown command": (["shedule"], "shedule"),
+    "value of the wrong type": (["schedule", "--peak", "high"], "high"),
+    "unknown preset": (["schedule", "--preset", "sftt"], "did you mean 'sft'"),
+    "unknown picture": (["schedule", "hold", "--plot", "lr.bmp"], "lr.bmp"),
+    "no run": (["report", "nowhere"], "nowhere"),
+    "nothing to extend": (["train", "C", "--out", "new", "--extend", "20 steps"], "no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    case: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes("café\n".encode("latin-1") * 2000)
+    arguments, hint = BAD[case]
+    code, _, err = call(capsys, *[str(place / "run.toml") if a == "C" else a for a in arguments])
+    assert code == 2
+    assert err.startswith("mupace: error: ")
+    assert err.count("\n") == 1
+    assert hint in err
+    assert sorted(p.name for p in Path().iterdir()) == ["empty.txt", "latin.txt"]
+
+
+def test_errors_reach_the_shell(place: Path) -> None:
+    done = process("schedule", "warmup 100 | hold", cwd=place)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mupace: error: phase 'warmup 100'")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_demo_kills_itself_and_finishes(place: Path) -> None:
+    quick = [
+        "schedule.total=40 steps", "eval.every=20 steps", "checkpoint.every=8 steps", f"data.cache={place / 'cache'}",
+        "data.seq_len=32", "eval.blocks=2", "eval.sample_tokens=8", "run.threads=1",
+    ]  # fmt: skip
+    arguments = [word for text in quick for word in ("--set", text)]
+    done = process("demo", "--text", str(place / "text.txt"), *arguments, cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kill -9 of process" in done.stdout
+    assert "resumed at update" in done.stdout
+    assert (place / "runs/demo/report.html").exists()
+    (place / "runs/demo/demo.toml").unlink()
+    refused = process("demo", *arguments, cwd=place)
+    assert (refused.returncode, "holds something else" in refused.stderr) == (2, True), "it replaces nothing but a demo"
