@@ -475,38 +475,35 @@ def test_a_replan_changes_the_plan_from_its_step_on(tmp_path: Path) -> None:
     assert unknown.deviation < 1e-15
 
 
-def paced_run(directory: Path, total: str, **changes: Any) -> Run:
+def paced_run(directory: Path, total: str, *, lanes: bool = True, **changes: Any) -> Run:
     """The record of a real pacer over groups with paces of their own, extended and given a new peak on the way."""
     import torch
 
     from mupace.pacer import Pacer
 
-    texts = [{}, {"floor": 0.2}, {"schedule": "hold 50% | linear -> 0"}, {"unfreeze": "20%", "rewarm": "10 steps"}]
-    groups = [
-        {"params": [torch.nn.Parameter(torch.ones(1))], "name": f"g{i}", "lr": 0.1 * (i + 1), **own}
-        for i, own in enumerate(texts)
-    ]
-    optimizer = torch.optim.SGD(groups)
-    curve = mupace.schedule("warmup 10% | hold | sqrt 30% -> 0", total=total, tokens_per_step=512)
-    pacer = Pacer(optimizer, curve)
-    rows = [
-        {"name": g["name"], "lr": 0.1 * (i + 1), **own} for i, (g, own) in enumerate(zip(groups, texts, strict=True))
-    ]
+    texts = [{}, {"floor": 0.0}, {"schedule": "hold 80% | linear -> 0"}, {"unfreeze": "20%", "rewarm": "10 steps"}]
+    own = [{"name": f"g{i}", "lr": 0.1 * (i + 1), **text} for i, text in enumerate(texts)]
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))], **row} for row in own])
+    pacer = Pacer(optimizer, mupace.schedule("warmup 10% | hold | sqrt 30% -> 0", total=total, tokens_per_step=512))
+
+    def now() -> dict[str, list[Any]]:
+        return {spec.name: [c.to_dict() for c in spec.lane(pacer.curve)] for spec in pacer.groups}
+
     with Record(directory) as record:
-        head = {**plan_of(curve), "total": total, "tokens_per_step": 512, "groups": rows, "sample": curve.sample}
+        rows = [{**row, **({"lane": now()[row["name"]]} if lanes else {})} for row in own]
+        head = {**plan_of(pacer.curve), "total": total, "tokens_per_step": 512, "groups": rows, "sample": "midpoint"}
         record.write("run", **{**head, **changes})
         for i in range(1, 151):
             lr = dict(zip(pacer.names, map(float, pacer.get_last_lr()), strict=True))
-            optimizer.zero_grad()
             optimizer.step()
             pacer.step()
             record.write("update", step=i, token=i * 512, lr=lr)
-            if i == 60:
+            if i == 50:
                 pacer.set_peak({"g0": 0.07}, reason="by hand")
             if i == 65:
                 pacer.extend("150 steps" if total.endswith("steps") else "76_800 tokens")
-            if i in (60, 65):
-                record.write("replan", **pacer.journal[-1])
+            if i in (50, 65):
+                record.write("replan", **pacer.journal[-1], **({"lanes": now()} if lanes and i == 65 else {}))
     return read(directory)
 
 
@@ -518,9 +515,29 @@ def test_a_real_pacer_takes_exactly_what_was_planned(tmp_path: Path, total: str)
         assert trace.exact
         assert trace.plan_x[-1] == 150
         assert trace.deviation is not None
-        assert trace.deviation < 1e-15
+        assert trace.deviation < 1e-12
     wrong = traces(paced_run(tmp_path / "b", total, sample="start"))  # the negative control: another sampling rule
     assert all(t.deviation is not None and t.deviation > 1e-3 for t in wrong)
+
+
+def test_without_lanes_the_text_is_enough_for_plain_groups_and_others_claim_nothing(tmp_path: Path) -> None:
+    plain, floored, scheduled, gated = traces(paced_run(tmp_path, "100 steps", lanes=False))
+    for trace in (plain, floored):
+        assert trace.exact
+        assert trace.plan_x[-1] == 150
+        assert trace.deviation is not None
+        assert trace.deviation < 1e-12
+    for trace in (scheduled, gated):
+        assert trace.deviation is None
+        assert not len(trace.plan_x)
+
+
+def test_a_replan_text_that_gives_another_rate_is_not_believed(tmp_path: Path) -> None:
+    old, new = curve_of("warmup 10% | linear -> 0", 100), curve_of("warmup 10% | linear -> 0", 200)
+    rates = np.concatenate([old.updates()[:60], old.updates()[60:] * 0.5])
+    told = {"step": 60, "rule": "extend", "to": str(new.schedule), "total": "200 steps", "lr_after": [3e-3 * rates[60]]}
+    trace = traces(run_of(tmp_path, header(old), rates, ["matrices"], [told]))[0]
+    assert trace.plan_x[-1] == pytest.approx(60)
 
 
 def test_decimation_keeps_every_extreme_and_both_ends() -> None:

@@ -2,7 +2,8 @@
 
 What was planned on the run's horizon moves with it, so that nothing jumps:
 
-    extend, cut    the main curve, every group's own schedule and every field follow the same rule
+    extend, cut    the main curve and every group's own schedule follow the same rule; so do fields, where they can
+                   (one that has begun its last phase finishes it as planned, and the journal names it)
     branch         the main curve and every group's own schedule cool down; fields stay on their curve
     gates          (`unfreeze`, `rewarm`) stay where they were
 """
@@ -48,29 +49,31 @@ class Plan:
         return self
 
 
-def retotalled(plan: Plan, total: Span | str, at: int, rule: Rule) -> Plan:
-    """The plan with another end; `at` is the present position in updates."""
+def retotalled(plan: Plan, total: Span | str, at: int, rule: Rule) -> tuple[Plan, list[str]]:
+    """The plan with another end, and the fields that could not follow; `at` is the present position in updates."""
     curve = retotal(plan.curve, total, at, rule)
 
-    def follow(c: Curve, name: str) -> Curve:
+    def follow(c: Curve) -> Curve:
         if c.horizon != plan.curve.horizon:  # it was given a horizon of its own
             return c
         own = "hold" if rule == "redecay" and c.pieces[-1].open_ended else rule
-        return _named(name, lambda: retotal(c, curve.horizon.total, at, own))
+        return retotal(c, curve.horizon.total, at, own)
 
-    return Plan(
-        curve=curve,
-        fields={name: follow(c, f"field {name!r}") for name, c in plan.fields.items()},
-        specs=_with_own(plan.specs, follow),
-    ).checked()
+    fields, kept = dict(plan.fields), []
+    for name, c in fields.items():
+        try:
+            fields[name] = follow(c)
+        except ConfigError:
+            kept.append(name)
+    return Plan(curve=curve, fields=fields, specs=_with_own(plan.specs, follow)).checked(), kept
 
 
 def branched(plan: Plan, length: Span | str, at: int, shape: str, end: float, again: bool) -> Plan:
     """The plan with a cooldown from here; a group's own schedule cools down from where it stands."""
     curve = branch(plan.curve, at, length, shape, end, again)
 
-    def follow(c: Curve, name: str) -> Curve:
-        return _named(name, lambda: branch(c, at, length, shape, min(end, float(c(at))), True))
+    def follow(c: Curve) -> Curve:
+        return branch(c, at, length, shape, min(end, float(c(at))), True)
 
     return Plan(curve=curve, fields=plan.fields, specs=_with_own(plan.specs, follow)).checked()
 
@@ -85,8 +88,8 @@ def refuse_jumps(old: Plan, new: Plan, position: float, rule: str) -> None:
         a, b = old.factor(before, position), new.factor(after, position)
         if abs(a - b) > 1e-9:
             raise ConfigError(
-                f"{rule}: group {before.name!r} would jump from {a:.6g} to {b:.6g} of its peak (its floor is a map of the "
-                "curve's end); legal is the same end as before"
+                f"{rule}: group {before.name!r} would jump from {a:.6g} to {b:.6g} of its peak (its floor maps "
+                "the curve's end); legal is the same end as before"
             )
 
 
@@ -96,7 +99,9 @@ def repeaked(specs: Sequence[GroupSpec], peak: float | Mapping[str, float]) -> t
     if not isinstance(peak, Mapping):
         largest = max(peaks.values())
         if largest == 0:
-            raise ConfigError(f"set_peak: peak={peak!r}, but all peaks are 0 and have no ratio; legal is {{name: peak}}")
+            raise ConfigError(
+                f"set_peak: peak={peak!r}, but all peaks are 0 and have no ratio; legal is {{name: peak}}"
+            )
         peak = {name: value / largest * float(peak) for name, value in peaks.items()}
     for name, value in peak.items():
         if name not in peaks:
@@ -106,12 +111,11 @@ def repeaked(specs: Sequence[GroupSpec], peak: float | Mapping[str, float]) -> t
     return tuple(replace(s, base={**s.base, "lr": float(peak.get(s.name, s.base["lr"]))}) for s in specs)
 
 
-def _with_own(specs: Sequence[GroupSpec], follow: Callable[[Curve, str], Curve]) -> tuple[GroupSpec, ...]:
-    return tuple(s if s.own is None else replace(s, own=follow(s.own, f"group {s.name!r}")) for s in specs)
-
-
-def _named(name: str, make: Callable[[], Curve]) -> Curve:
-    try:
-        return make()
-    except ConfigError as e:
-        raise ConfigError(f"{name}: {e}") from None
+def _with_own(specs: Sequence[GroupSpec], follow: Callable[[Curve], Curve]) -> tuple[GroupSpec, ...]:
+    out = []
+    for spec in specs:
+        try:
+            out.append(spec if spec.own is None else replace(spec, own=follow(spec.own)))
+        except ConfigError as e:
+            raise ConfigError(f"group {spec.name!r}: {e}") from None
+    return tuple(out)

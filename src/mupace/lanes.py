@@ -19,6 +19,7 @@ import torch
 from mupace.errors import ConfigError
 from mupace.schedules import Curve, Phase, Schedule, sampled
 from mupace.units import Array, Horizon, Span
+from mupace.updates import warn
 
 Lane: TypeAlias = "tuple[Curve, ...]"
 Group: TypeAlias = "dict[str, Any]"
@@ -175,6 +176,16 @@ def put_field(group: Group, name: str, value: Any) -> None:
     else:
         first, second = group["betas"]
         group["betas"] = (first, value) if name == "beta2" else (value, second)
+
+
+def note_base(group: Group, spec: GroupSpec) -> None:
+    """Say so when a recorded base and the present value disagree."""
+    if math.isclose(spec.base["lr"], float(group["lr"]), rel_tol=1e-6):
+        return
+    warn(
+        f"group {spec.name!r}: initial_lr={spec.base['lr']:g}, set by an earlier scheduler or a loaded checkpoint, is "
+        f"taken as its peak, not lr={float(group['lr']):g}"
+    )
 
 
 class Lanes:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from mupace.errors import ConfigError, MupaceWarning, StateError, one_of
+from mupace import ranks
+from mupace.arguments import curve_of, field_curve, optimizers_of, whole
+from mupace.changes import Plan, branched, refuse_jumps, repeaked, retotalled
+from mupace.errors import ConfigError, StateError, one_of
 from mupace.gradients import clip_norm, clip_value
-from mupace.lanes import Group, GroupSpec, Landed, has_field
+from mupace.lanes import Group, GroupSpec, fields_of, has_field, note_base
 from mupace.restore import Verdict, dump, load
-from mupace.schedules import Curve, Schedule, branch, retotal
+from mupace.schedules import Curve, Schedule
 from mupace.schedules.curve import OFFSET
 from mupace.schedules.replan import Rule
 from mupace.units import Clock, Span
-from mupace.writer import Writer
+from mupace.updates import Landed, untraced, warn
+from mupace.writer import Rates, Writer, rates_of
 
 Optimizer: TypeAlias = torch.optim.Optimizer
 Mismatch: TypeAlias = Literal["error", "checkpoint", "config"]
@@ -60,6 +65,9 @@ class Pacer(LRScheduler):
     (3, [0.0875])
     """
 
+    _is_initial = False  # of the base class; some containers read them
+    _get_lr_called_within_step = False
+
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -69,27 +77,26 @@ class Pacer(LRScheduler):
         on_mismatch: Mismatch = "error",
     ) -> None:
         # The base class is not initialised on purpose: it patches optimizer.step, and fails on a compiled one.
-        self.optimizers = _optimizers(optimizer)
+        self.optimizers = optimizers_of(optimizer)
         self.optimizer: Optimizer = self.optimizers[0]
-        if not isinstance(curve, Curve):
-            raise ConfigError(
-                f"curve={curve!r}: legal is a curve, such as mupace.schedule('warmup 2% | hold', total='…')"
-            )
+        self.curve = self._planned = curve_of("curve", curve)
         if on_mismatch not in MISMATCHES:
             raise one_of("on_mismatch", on_mismatch, MISMATCHES)
         self.on_mismatch = on_mismatch
-        self.curve = self._planned = curve
-        self.fields = {name: _field_curve(name, value, curve) for name, value in (fields or {}).items()}
+        self.fields = {name: field_curve(name, value, curve) for name, value in (fields or {}).items()}
+        self._planned_fields = dict(self.fields)
+        self._refuse_unmatched_fields()
         self.journal: list[dict[str, Any]] = []
         self.last_grad_norm: torch.Tensor | None = None
-        self._n = self._idle = 0
-        self._clock: Clock | None = Clock() if curve.horizon.axis == "second" else None  # None: follows the plan
+        self._n = self._idle = self._from = 0
+        self._clock: Clock | None = Clock() if self._timed() else None  # None: it follows the plan
         self._wall = time.monotonic()
         self._step_count = 1
+        self._used: Rates | None = None
         self._specs: list[GroupSpec] = []
+        self._places: list[tuple[int, int]] = []  # per spec: optimizer, group
         self._writer = Writer()
         self._adopt()
-        self._refuse_unmatched_fields()
         self._hook()
         self._write()
 
@@ -107,6 +114,7 @@ class Pacer(LRScheduler):
     def last_epoch(self, step: int) -> None:
         self.seek(step=step)
 
+    @untraced
     def step(
         self,
         epoch: object = None,
@@ -121,23 +129,22 @@ class Pacer(LRScheduler):
             epoch: ignored (some trainers pass a number or a metric); use `seek` to move.
             applied: say so yourself where the optimizer's hooks cannot be seen (a replayed CUDA graph): True
                 advances, False does not. By default the optimizer is asked.
-            tokens, samples: what this update really consumed, where batches are uneven; from the first call that
-                gives one the clock is measured, no longer planned.
+            tokens, samples: what this update consumed, over all micro-batches and ranks, where batches are uneven;
+                from the first call that gives one the clock is measured, no longer planned. A call that advances
+                nothing ignores them.
         """
-        if applied is None:
-            applied = False
-            for landed in self._landed:
-                applied = landed.take() or applied
-        if not applied:
+        seen = False
+        for landed in self._landed:
+            seen = landed.take() or seen
+        if not (seen if applied is None else applied):
             self._note_idle()
             return
         self._n += 1
         self._step_count += 1
+        self._used = self._writer.now
         if self._clock is not None or tokens is not None or samples is not None:
             self._measure(tokens, samples)
         self._write()
-
-    step._torchdynamo_disable = True  # type: ignore[attr-defined]  # counters are not for the compiler to trace
 
     def seek(self, *, step: int | None = None, tokens: int | None = None) -> None:
         """Move the clock to a position and write its rates; exactly one of `step` and `tokens`.
@@ -147,37 +154,45 @@ class Pacer(LRScheduler):
         """
         if (step is None) == (tokens is None):
             raise ConfigError(f"seek: step={step}, tokens={tokens}; legal is exactly one of them")
-        n = step if step is not None else round(float(self.curve.horizon.to_steps(float(tokens or 0), "token")))
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ConfigError(f"seek: step={n!r}; legal is a whole number of updates, 0 or more")
-        self._n = n
-        if self._clock is not None:
-            self._clock = self.curve.horizon.clock(n)
+        given = whole("seek", "step" if tokens is None else "tokens", step if tokens is None else tokens)
+        n = given if tokens is None else round(float(self.curve.horizon.to_steps(float(given), "token")))
+        planned = self.curve.horizon.clock(n)
+        self._move(n, planned if tokens is None else replace(planned, token=given))
         self._write()
+
+    def _move(self, n: int, clock: Clock | None) -> None:
+        """Put the clock somewhere; what the optimizer did before does not count as an update after it."""
+        self._n = self._from = n
+        self._idle = 0
+        self._used = None
+        self._wall = time.monotonic()
+        if self._clock is not None:
+            self._clock = clock
+        for landed in self._landed:
+            landed.clear()
+
+    def _timed(self) -> bool:
+        return any(c.horizon.axis == "second" for c in (self.curve, *self.fields.values()))
 
     def _measure(self, tokens: int | None, samples: int | None) -> None:
         """Take this update's real consumption; seconds are those of rank 0."""
-        before = self._clock or self.curve.horizon.clock(self._n - 1)
-        planned, last = self.curve.horizon.clock(self._n), self.curve.horizon.clock(self._n - 1)
-        now = time.monotonic()
-        elapsed, self._wall = (
-            _from_rank_zero(now - self._wall) if self.curve.horizon.axis == "second" else 0.0,
-            now,
-        )
-        self._clock = before.plus(
-            token=planned.token - last.token if tokens is None else int(tokens),
-            sample=planned.sample - last.sample if samples is None else int(samples),
+        last, planned = self.curve.horizon.clock(self._n - 1), self.curve.horizon.clock(self._n)
+        elapsed = 0.0
+        if self._timed():
+            now = time.monotonic()
+            elapsed, self._wall = ranks.from_rank_zero(now - self._wall), now
+        self._clock = (self._clock or last).plus(
+            token=planned.token - last.token if tokens is None else whole("step", "tokens", tokens),
+            sample=planned.sample - last.sample if samples is None else whole("step", "samples", samples),
             second=elapsed,
         )
 
     def _note_idle(self) -> None:
         self._idle += 1
-        if self._idle == _IDLE_LIMIT and self._n == 0:
-            warnings.warn(
-                f"pacer.step() was called {_IDLE_LIMIT} times and no optimizer update has been seen: is the Pacer on the "
-                "optimizer that is stepped? (a replayed CUDA graph needs pacer.step(applied=True))",
-                MupaceWarning,
-                stacklevel=3,
+        if self._idle == _IDLE_LIMIT and self._n == self._from:
+            warn(
+                f"pacer.step() was called {_IDLE_LIMIT} times and no optimizer update has been seen: is the Pacer on "
+                "the optimizer that is stepped? (a replayed CUDA graph needs pacer.step(applied=True))"
             )
 
     def _write(self) -> None:
@@ -185,46 +200,63 @@ class Pacer(LRScheduler):
         groups = self._groups()
         if len(groups) != len(self._specs):
             self._adopt()
-        self._writer.write(groups, self._n, None if self._clock is None else self._position())
+            groups = self._groups()
+        self._writer.write(groups, self._n, None if self._clock is None else self._where)
 
-    def _position(self) -> float:
-        """The axis position whose value the next update is given, on a measured clock."""
-        axis = self.curve.horizon.axis
-        here = float(getattr(self.clock, axis))
-        if axis == "second":
+    def _where(self, curve: Curve) -> float:
+        """On a measured clock, the axis position whose value the next update is given.
+
+        The next update is taken to be as large as planned; how long it will take is not known, so on an axis of
+        seconds it is given the value at its start.
+        """
+        h = curve.horizon
+        here = float(getattr(self.clock, h.axis))
+        if h.axis == "second":
             return here
-        h = self.curve.horizon
-        ahead = float(h.from_steps(self._n + 1, axis)) - float(h.from_steps(self._n, axis))
-        return here + OFFSET[self.curve.sample] * ahead
+        return here + OFFSET[curve.sample] * (float(h.from_steps(h.to_steps(here, h.axis) + 1, h.axis)) - here)
 
     def _groups(self) -> list[Group]:
         """The param groups as they are now: loads and trainers replace the dicts, so they are never kept."""
         if len(self.optimizers) == 1:
             return self.optimizer.param_groups
-        return [g for o in self.optimizers for g in o.param_groups]
+        known = [self.optimizers[o].param_groups[g] for o, g in self._places]
+        if sum(len(o.param_groups) for o in self.optimizers) == len(known):
+            return known
+        return [*known, *(self.optimizers[o].param_groups[g] for o, g in self._unknown())]
+
+    def _unknown(self) -> list[tuple[int, int]]:
+        """Where there are groups that are not paced yet."""
+        places = {(o, g) for o, x in enumerate(self.optimizers) for g in range(len(x.param_groups))}
+        return sorted(places - set(self._places))
 
     def _adopt(self) -> None:
         """Take in groups that are new since the last look, then lay out all writes."""
-        groups = self._groups()
-        if len(groups) < len(self._specs):
-            raise StateError(
-                f"the optimizer has {len(groups)} groups, it had {len(self._specs)}: groups cannot be removed"
-            )
-        for i in range(len(self._specs), len(groups)):
-            self._specs.append(_adopted(groups[i], i, self.fields, self._n))
-            groups[i]["initial_lr"] = self._specs[i].base["lr"]
+        self._refuse_removal()
+        for o, g in self._unknown():
+            group, i = self.optimizers[o].param_groups[g], len(self._specs)
+            self._specs.append(GroupSpec.read(group, i, self.fields, self.curve, self._n, self._position()))
+            self._places.append((o, g))
+            note_base(group, self._specs[i])
+        self._record_bases()
         self._lay_out()
+
+    def _refuse_removal(self) -> None:
+        if (have := sum(len(o.param_groups) for o in self.optimizers)) < (had := len(self._specs)):
+            raise StateError(f"the optimizer has {have} groups, it had {had}: groups cannot be removed")
+
+    def _record_bases(self) -> None:
+        """Keep every base beside its value, as torch's schedulers do, for whoever looks after a load."""
+        for group, spec in zip(self._groups(), self._specs, strict=True):
+            group.update({f"initial_{name}": value for name, value in spec.base.items()})
 
     def _lay_out(self) -> None:
         self._writer.lay_out(self._groups(), self._specs, self.curve, self.fields)
 
     def _refuse_unmatched_fields(self) -> None:
+        groups = [g for o in self.optimizers for g in o.param_groups]
         for name in self.fields:
-            if not any(has_field(g, name) for g in self._groups()):
-                legal = sorted(
-                    {k for g in self._groups() for k, v in g.items() if isinstance(v, float)} - {"lr", "initial_lr"}
-                )
-                raise one_of("fields", name, [*legal, "momentum", "beta1", "beta2"])
+            if not any(has_field(g, name) for g in groups):
+                raise one_of("fields", name, sorted(set().union(*(fields_of(g) for g in groups))))
 
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]
@@ -241,19 +273,15 @@ class Pacer(LRScheduler):
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates of the next update, one per group: a pure function of the position."""
-        return self._values(self._n)
+        return rates_of(self._writer.now)
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates now in the optimizer (those of the next update), one per group; no device is asked."""
-        return self._values(self._n)
+        return rates_of(self._writer.now)
 
     def used_lr(self) -> list[float]:
-        """The learning rates that the last applied update used, one per group; those of update 0 before the first."""
-        return self._values(max(self._n - 1, 0))
-
-    def _values(self, update: int) -> list[float]:
-        measured = self._clock is not None and update == self._n
-        return self._writer.values(update, self._position() if measured else None)
+        """The learning rates that the last applied update used, one per group (those of the next, before the first)."""
+        return rates_of(self._used or self._writer.now)
 
     @property
     def names(self) -> list[str]:
@@ -271,13 +299,16 @@ class Pacer(LRScheduler):
         Args:
             group: as for `Optimizer.add_param_group`, with `lr` as its peak; may carry `name`, `schedule`, `floor`,
                 `unfreeze`, `rewarm` ("200 steps": rises from 0 over that length from now on).
-            optimizer: the index of the optimizer, when there are several; only the last can take new groups.
+            optimizer: the index of the optimizer, when there are several.
         """
-        if optimizer != len(self.optimizers) - 1:
-            raise ConfigError(
-                f"add_param_group: optimizer={optimizer}; legal is the last one, {len(self.optimizers) - 1}"
-            )
-        self.optimizers[optimizer].add_param_group(group)
+        if optimizer not in range(len(self.optimizers)):
+            raise ConfigError(f"add_param_group: optimizer={optimizer}; legal is 0 to {len(self.optimizers) - 1}")
+        target = self.optimizers[optimizer]
+        whole = {**target.defaults, **group}
+        GroupSpec.read(
+            whole, len(self._specs), self.fields, self.curve, self._n, self._position()
+        )  # or it says why not
+        target.add_param_group(group)
         self._write()
 
     def _parameters(self) -> Iterator[torch.Tensor]:
@@ -295,80 +326,96 @@ class Pacer(LRScheduler):
         """Clamp every gradient element to [−value, value]."""
         clip_value(self._parameters(), value)
 
+    def check_ranks(self) -> None:
+        """Compare the update count and the rates in the optimizer over all ranks; nothing to do in a single process.
+
+        Raises:
+            StateError: on every rank, naming the rank that differs from rank 0 and both numbers.
+        """
+        if ranks.together():
+            ranks.check(self._n, self.names, [float(g["lr"]) for g in self._groups()])
+
     def extend(self, total: Span | str, rule: Rule = "hold", reason: str = "") -> None:
         """Give the run a later end; see `mupace.schedules.retotal` for the rules. Logged in the journal.
+
+        Groups with a schedule of their own follow the same rule, and so do fields where they can.
 
         Raises:
             ConfigError: a total that is not later, or a rule that cannot be followed from here.
         """
-        new = retotal(self.curve, total, self._n, rule)
-        if new.horizon.length <= self.curve.horizon.length:
-            raise ConfigError(
-                f"extend: total={str(total)!r} is not later than {str(self.curve.horizon.total)!r}; use cut"
-            )
-        self.replan(new, rule=f"extend/{rule}", reason=reason)
+        self._retotal("extend", total, rule, reason)
 
     def cut(self, total: Span | str, rule: Rule = "hold", reason: str = "") -> None:
         """Give the run an earlier end; rules and journal as for `extend`."""
-        new = retotal(self.curve, total, self._n, rule)
-        if new.horizon.length >= self.curve.horizon.length:
-            raise ConfigError(
-                f"cut: total={str(total)!r} is not earlier than {str(self.curve.horizon.total)!r}; use extend"
-            )
-        self.replan(new, rule=f"cut/{rule}", reason=reason)
+        self._retotal("cut", total, rule, reason)
+
+    def _retotal(self, verb: str, total: Span | str, rule: Rule, reason: str) -> None:
+        new, kept = retotalled(self._plan(), total, self._at(), rule)
+        later = new.curve.horizon.length - self.curve.horizon.length
+        if not (later > 0 if verb == "extend" else later < 0):
+            side, other = ("later", "cut") if verb == "extend" else ("earlier", "extend")
+            old = str(self.curve.horizon.total)
+            raise ConfigError(f"{verb}: total={str(total)!r} is not {side} than {old!r}; use {other}")
+        self._follow(new, f"{verb}/{rule}", reason, smooth=rule != "stretch", kept=kept)
 
     def branch(
         self, length: Span | str, shape: str = "sqrt", end: float = 0.0, again: bool = False, reason: str = ""
     ) -> None:
-        """Start a cooldown of `length` here; see `mupace.schedules.branch`. Logged in the journal."""
-        self.replan(branch(self.curve, self._n, length, shape, end, again), rule="branch", reason=reason)
+        """Start a cooldown of `length` here; see `mupace.schedules.branch`. Logged in the journal.
+
+        Groups with a schedule of their own cool down too, from where they stand; fields stay on their curves.
+        """
+        self._follow(branched(self._plan(), length, self._at(), shape, end, again), "branch", reason, smooth=True)
 
     def replan(self, curve: Curve, *, rule: str = "replan", reason: str = "") -> None:
-        """Follow another curve from here on. The journal records both plans and the rate before and after."""
-        before = self.get_last_lr()
-        old, self.curve = self.curve, curve
+        """Follow another curve from here on. The journal records both plans and the rates before and after.
+
+        Raises:
+            ConfigError: a curve on another axis than the run's.
+        """
+        if curve_of("replan", curve).horizon.axis != self.curve.horizon.axis:
+            axis = self.curve.horizon.axis
+            raise ConfigError(f"replan: the curve runs in {curve.horizon.axis}s; legal is the run's own axis, {axis}s")
+        self._follow(replace(self._plan(), curve=curve).checked(), rule, reason, smooth=False)
+
+    def _plan(self) -> Plan:
+        return Plan(curve=self.curve, fields=self.fields, specs=tuple(self._specs))
+
+    def _position(self) -> float:
+        """The present position on the axis."""
+        h = self.curve.horizon
+        return float(h.position(self._n, "step") if self._clock is None else getattr(self._clock, h.axis))
+
+    def _at(self) -> int:
+        """The present position in updates; on a measured clock the first whole one that is not in the past."""
+        h = self.curve.horizon
+        return self._n if self._clock is None else math.ceil(float(h.to_steps(self._position(), h.axis)))
+
+    def _follow(self, new: Plan, rule: str, reason: str, *, smooth: bool, kept: Sequence[str] = ()) -> None:
+        """Take over another plan, once it is known to fit."""
+        old, before = self._plan(), self.get_last_lr()
+        if smooth:
+            refuse_jumps(old, new, self._position(), rule)
+        self.curve, self.fields, self._specs = new.curve, dict(new.fields), list(new.specs)
         self._lay_out()
         self._write()
-        self._log(
-            rule,
-            {"from": str(old.schedule), "to": str(curve.schedule), "total": str(curve.horizon.total)},
-            before,
-            reason,
-        )
+        what = {"from": str(old.curve.schedule), "to": str(new.curve.schedule), "total": str(new.curve.horizon.total)}
+        self._log(rule, {**what, "fields_kept": list(kept)} if kept else what, before, reason)
 
     def set_peak(self, peak: float | Mapping[str, float], reason: str = "") -> None:
-        """Change the peak of all groups (a factor-preserving new value for the largest) or of named groups.
+        """Change the peak of all groups, or of named ones; the factors stay. Logged in the journal.
 
         Args:
             peak: a number: the new largest peak, all others keep their ratio to it; or {group name: new peak}.
         """
         before = self.get_last_lr()
-        largest = max(self.base_lrs)
-        if not isinstance(peak, Mapping):
-            peak = {s.name: s.base["lr"] / largest * float(peak) for s in self._specs}
-        for name, value in peak.items():
-            if name not in self.names:
-                raise one_of("set_peak group", name, self.names)
-            if not value >= 0:
-                raise ConfigError(f"set_peak: {name}={value!r}; legal is a number, 0 or more")
-        self._specs = [
-            GroupSpec.from_dict(s.to_dict() | {"base": {**s.base, "lr": peak.get(s.name, s.base["lr"])}})
-            for s in self._specs
-        ]
+        self._specs = list(repeaked(self._specs, peak))
         self._impose()
-        self._log("set_peak", {"peaks": dict(peak)}, before, reason)
+        self._log("set_peak", {"peaks": dict(zip(self.names, self.base_lrs, strict=True))}, before, reason)
 
     def _log(self, rule: str, what: dict[str, Any], before: list[float], reason: str) -> None:
-        self.journal.append(
-            {
-                "step": self._n,
-                "rule": rule,
-                **what,
-                "reason": reason,
-                "lr_before": before,
-                "lr_after": self.get_last_lr(),
-            }
-        )
+        rates = {"lr_before": before, "lr_after": self.get_last_lr()}
+        self.journal.append({"step": self._n, "rule": rule, **what, "reason": reason, **rates})
 
     def state_dict(self) -> dict[str, Any]:
         """The clock, the plan and the journal, as JSON-able values."""
@@ -385,34 +432,37 @@ class Pacer(LRScheduler):
         """
         load(self, state_dict)
 
-    def _restore(self, state: Mapping[str, Any], verdict: Verdict) -> None:
+    def _restore(self, n: int, state: Mapping[str, Any], verdict: Verdict) -> None:
         """Take over a saved state whose plan has been compared with ours."""
-        self.journal = [dict(row) for row in state["journal"]]
-        self._n = int(state["last_epoch"])
-        self._clock = None if state["clock"] is None else Clock.from_dict(state["clock"])
-        self._wall = time.monotonic()
         before = self.get_last_lr()
+        self.journal = [dict(row) for row in state["journal"]]
+        self._specs = verdict.specs
         if verdict.follow_saved:
-            self._planned = Curve.from_dict(state["planned"])
-            self.curve = Curve.from_dict(state["curve"])
+            self._planned, self.curve = Curve.from_dict(state["planned"]), Curve.from_dict(state["curve"])
+            self._planned_fields = {name: Curve.from_dict(c) for name, c in state["planned_fields"].items()}
             self.fields = {name: Curve.from_dict(c) for name, c in state["fields"].items()}
-            self._specs = verdict.specs
-        for landed in self._landed:
-            landed.clear()
+        self._clock = None
+        self._move(n, None)
+        if state["clock"] is not None:
+            self._clock = Clock.from_dict(state["clock"])
+        elif self._timed():
+            self._clock = self.curve.horizon.clock(n)
         self._impose()
         if verdict.difference:
-            self._log(
-                f"resume/{self.on_mismatch}", {"difference": verdict.difference}, before, "the saved plan differed"
-            )
+            rule = f"resume/{self.on_mismatch}"
+            self._log(rule, {"difference": verdict.difference}, before, "the saved plan differed")
 
     def _impose(self) -> None:
         """Write our bases and rates over whatever a load has left in the groups."""
-        groups = self._groups()
-        if len(groups) < len(self._specs):
+        if sum(len(o.param_groups) for o in self.optimizers) < len(self._specs):
             return  # the optimizer is being rebuilt: its own load follows, and calls this again
-        for group, spec in zip(groups, self._specs, strict=False):
-            group["initial_lr"] = spec.base["lr"]
-        self._lay_out()
+        for group, spec in zip(self._groups(), self._specs, strict=False):
+            if str(group.get("name", spec.name)) != spec.name:
+                raise StateError(
+                    f"the loaded optimizer state has group {group['name']!r} where group {spec.name!r} is: its groups "
+                    "are in another order; legal is the order in which they were saved"
+                )
+        self._adopt()
         self._write()
 
     def _hook(self) -> None:
@@ -441,50 +491,8 @@ class Pacer(LRScheduler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.last_grad_norm = None
+        self._wall = time.monotonic()
         self._writer = Writer()
         self._hook()
         self._lay_out()
         self._write()
-
-
-def _optimizers(given: Any) -> tuple[Optimizer, ...]:
-    found = tuple(given) if isinstance(given, (list, tuple)) else (given,)
-    for optimizer in found:
-        if not isinstance(optimizer, Optimizer):
-            raise ConfigError(
-                f"optimizer={type(optimizer).__name__}: legal is a torch.optim.Optimizer, or a list of them"
-            )
-    if not found:
-        raise ConfigError("optimizer=[]: legal is at least one torch.optim.Optimizer")
-    return found
-
-
-def _field_curve(name: str, value: Curve | Schedule | str, curve: Curve) -> Curve:
-    if name == "lr":
-        raise ConfigError("fields: 'lr' follows `curve`; a group's own schedule goes into its 'schedule' key")
-    return value if isinstance(value, Curve) else Curve(Schedule.parse(value), curve.horizon)
-
-
-def _adopted(group: Group, index: int, fields: Mapping[str, Curve], since: int) -> GroupSpec:
-    """Read a new group; say so when its recorded base and its rate disagree."""
-    if "initial_lr" in group and float(group["initial_lr"]) != float(group["lr"]):
-        warnings.warn(
-            f"group {group.get('name', index)!r}: initial_lr={float(group['initial_lr']):g}, set by an earlier scheduler or a "
-            f"loaded checkpoint, is taken as its peak, not lr={float(group['lr']):g}",
-            MupaceWarning,
-            stacklevel=5,
-        )
-    spec = GroupSpec.read(group, index, fields, since)
-    if not spec.base["lr"] >= 0:
-        raise ConfigError(f"group {spec.name!r}: lr={spec.base['lr']!r}; legal is a number, 0 or more")
-    return spec
-
-
-def _from_rank_zero(seconds: float) -> float:
-    """The same duration on every rank."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()):
-        return seconds
-    box = [seconds]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

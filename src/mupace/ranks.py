@@ -45,8 +45,8 @@ def check(step: int, names: Sequence[str], rates: Sequence[float]) -> None:
         for name in rates0:
             if rates_r.get(name) != rates0[name]:
                 raise StateError(
-                    f"the ranks disagree at update {step0}: group {name!r} has lr={rates_r.get(name)!r} on rank {rank}, "
-                    f"lr={rates0[name]!r} on rank 0"
+                    f"the ranks disagree at update {step0}: group {name!r} has lr={rates_r.get(name)!r} on rank "
+                    f"{rank}, lr={rates0[name]!r} on rank 0"
                 )
     raise StateError(f"the ranks disagree at update {step0}: their groups are not the same")
 

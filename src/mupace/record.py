@@ -352,7 +352,7 @@ def _standing(rows: list[Row]) -> list[Row]:
         if row["type"] == "resume":
             k = _step(row)
             saves = (i for i, r in enumerate(kept) if r["type"] == "checkpoint" and _step(r) == k)
-            saved = max(saves, default=len(kept))
+            saved = max(saves, default=-1 if row.get("path") == "" else len(kept))  # "": from the start, without one
             kept = [r for i, r in enumerate(kept) if not _undone(r, k, after_save=i > saved)]
         kept.append(row)
     return kept

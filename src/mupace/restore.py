@@ -1,6 +1,6 @@
 """A pacer's state: saving it, comparing a saved plan with the present one, restoring.
 
-The state is flat, with the same three keys always: a checkpointer that takes nested state apart by its keys
+The state is flat, with the same keys always: a checkpointer that takes nested state apart by its keys
 (torch.distributed.checkpoint) would otherwise lose what a fresh object does not have yet.
 """
 
@@ -25,7 +25,7 @@ _CLOSE = 1e-6  # relative: a peak read from a float32 tensor is the one that was
 
 
 def dump(pacer: Pacer) -> dict[str, Any]:
-    """The clock, the plan and the journal: {"format", "last_epoch", "pacer": JSON text}."""
+    """The state: {"format", "last_epoch", "journaled": rows of the journal, "pacer": JSON text with all the rest}."""
     inner = {
         "clock": None if pacer._clock is None else pacer._clock.to_dict(),
         "planned": pacer._planned.to_dict(),
@@ -35,7 +35,8 @@ def dump(pacer: Pacer) -> dict[str, Any]:
         "groups": [spec.to_dict() for spec in pacer.groups],
         "journal": pacer.journal,
     }
-    return {"format": FORMAT, "last_epoch": pacer.last_epoch, "pacer": json.dumps(inner, allow_nan=False)}
+    text = json.dumps(inner, allow_nan=False)
+    return {"format": FORMAT, "last_epoch": pacer.last_epoch, "journaled": len(pacer.journal), "pacer": text}
 
 
 def load(pacer: Pacer, state: Mapping[str, Any]) -> None:
@@ -76,8 +77,8 @@ def reconcile(pacer: Pacer, state: Mapping[str, Any], saved: Sequence[GroupSpec]
         return Verdict(True, specs, "")
     if pacer.on_mismatch == "error":
         raise StateError(
-            f"the checkpoint's plan is not this one: {difference}; legal are on_mismatch='checkpoint' (follow the saved "
-            "plan) and 'config' (follow this one from the saved position)"
+            f"the checkpoint's plan is not this one: {difference}; legal are on_mismatch='checkpoint' (follow the "
+            "saved plan) and 'config' (follow this one from the saved position)"
         )
     if pacer.on_mismatch == "config":  # the plan is ours; when a group joined is history
         specs = [_since(pacer, now, then.since) for now, then in zip(pacer.groups, specs, strict=True)]
@@ -89,7 +90,9 @@ def _since(pacer: Pacer, spec: GroupSpec, since: int) -> GroupSpec:
     if spec.since == since:
         return spec
     moved = replace(spec, since=since)
-    return moved if spec.rewarm is None else moved.placed(pacer.curve, float(pacer.curve.horizon.position(since, "step")))
+    return (
+        moved if spec.rewarm is None else moved.placed(pacer.curve, float(pacer.curve.horizon.position(since, "step")))
+    )
 
 
 def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
@@ -100,8 +103,8 @@ def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
             sorted(set(names) - set(here)) or sorted(set(here) - set(names)) or [f"{len(names)} against {len(here)}"]
         )
         raise StateError(
-            f"the checkpoint paces the groups {', '.join(names)}; this optimizer has {', '.join(here)} (first difference: "
-            f"{missing[0]}); a group that was added during the run is added again before the load"
+            f"the checkpoint paces the groups {', '.join(names)}; this optimizer has {', '.join(here)} (first "
+            f"difference: {missing[0]}); a group that was added during the run is added again before the load"
         )
     if len(set(names)) < len(names):
         return list(saved)

@@ -137,7 +137,7 @@ def _short(value: float) -> str:
         scaled = value / power
         if value >= power and scaled == round(scaled, 2) and Decimal(repr(scaled)) * power == Decimal(repr(value)):
             return f"{scaled:g}{suffix}"
-    return repr(value)
+    return repr(value) if value < 2**53 else str(int(value))  # a float's short form is another whole number there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,9 +220,7 @@ class Horizon:
             set_(name, _positive(name, getattr(self, name), whole=name != "seconds_per_step"))
         self._derive(set_)
         if self.total.unit == "fraction" or self.total.value == 0:
-            raise ConfigError(
-                f"total={str(self.total)!r}: legal is a positive length such as '2000 steps' or '1.2B tokens'"
-            )
+            raise ConfigError(f"total={str(self.total)!r}: legal is a positive length such as '1.2B tokens'")
         set_("_table", self._layout())
         set_("axis", "step" if self.total.unit == "epoch" else self.total.unit)
         set_("length", float(self._axis_length()))
@@ -241,18 +239,14 @@ class Horizon:
             set_("tokens_per_step", derived)
         elif seq is not None and tokens is not None:
             if any(size % seq for size in _sizes(tokens)):
-                raise ConfigError(
-                    f"tokens_per_step={_shown(tokens)} is not a whole number of samples of tokens_per_sample={seq}"
-                )
+                raise ConfigError(f"tokens_per_step={_shown(tokens)} is no multiple of tokens_per_sample={seq}")
             set_("samples_per_step", _mapped(tokens, lambda size: size // seq))
         self._refuse_two_ramps()
         if self.samples_per_epoch is not None and isinstance(self.samples_per_step, int):
             derived = math.ceil(self.samples_per_epoch / self.samples_per_step)
             if self.steps_per_epoch not in (None, derived):
-                raise ConfigError(
-                    f"steps_per_epoch={self.steps_per_epoch} contradicts samples_per_epoch={self.samples_per_epoch} and "
-                    f"samples_per_step={self.samples_per_step}, which give {derived}"
-                )
+                given = f"samples_per_epoch={self.samples_per_epoch}, samples_per_step={self.samples_per_step}"
+                raise ConfigError(f"steps_per_epoch={self.steps_per_epoch} contradicts {given}: they give {derived}")
             set_("steps_per_epoch", derived)
 
     def _refuse_two_ramps(self) -> None:

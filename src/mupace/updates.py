@@ -70,7 +70,7 @@ def untraced(function: F) -> F:
     try:
         from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
     except ImportError:  # an older torch
-        disabled: F = torch.compiler.disable(function)
+        disabled: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
         return disabled
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     function._torchdynamo_disable = True  # type: ignore[attr-defined]

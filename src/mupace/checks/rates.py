@@ -18,7 +18,7 @@ from mupace.schedules import Curve
 from mupace.units import Array
 
 GRID = 4096  # positions of a long run that are looked at, besides the phase edges
-LONGEST = 200_000  # updates for which a foreign scheduler is stepped through
+LONGEST = 100_000  # updates for which a foreign scheduler is stepped through
 AFTER = 0.05  # how far beyond the end is looked, as a share of the run
 _SLICES = 1000  # updates that a run planned in seconds is divided into
 

@@ -43,7 +43,8 @@ class Twin:
 
     def update(self, scaler: torch.amp.GradScaler | None = None, gradient: float = 1.0) -> None:
         """A real update with this value in every gradient element; the scheduler is not stepped."""
-        loss = torch.stack([(p * gradient).sum().cpu() for p in self.parameters]).sum()
+        device = self.parameters[0].device
+        loss = torch.stack([(p * gradient).sum().to(device) for p in self.parameters]).sum()
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         for optimizer in self.optimizers:
             if scaler is None:
@@ -94,8 +95,11 @@ def _group(group: dict[str, Any]) -> dict[str, Any]:
     device = next((p.device for p in group["params"]), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
     values = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
-    names = {"param_names": ["twin"]} if "param_names" in group else {}
-    return {"params": [torch.zeros(_SHAPE, device=device, requires_grad=True)], **values, **names}
+    if "param_names" in values:
+        values["param_names"] = ["twin"]
+    if values.get("capturable") and device.type == "cpu":
+        values["capturable"] = False  # is for accelerators; the CPU refuses it
+    return {"params": [torch.zeros(_SHAPE, device=device, requires_grad=True)], **values}
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _rates(found: Sequence[Trace]) -> Chart | None:
 
 def window_for(n: int) -> int:
     """How many updates the smooth lines average over: a hundredth of the run."""
-    return max(5, n // 100)
+    return max(10, n // 100)
 
 
 def _raw_and_smooth(x: Floats, y: Floats, name: str, hue: int) -> list[Line]:

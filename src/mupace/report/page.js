@@ -165,7 +165,7 @@
     };
     const options = {
       width: box.clientWidth, height: box.clientHeight, legend: { show: false },
-      padding: [8, 10, 0, 0],
+      padding: [8, 18, 0, 0],
       scales: { x: { time: false }, y: yScale(chart) },
       axes: axes(chart),
       cursor: {

@@ -106,7 +106,7 @@ def _segments(run: Run, group: Row) -> list[_Segment]:
     for row in run.of_type("replan"):
         start = float(row.get("step", 0)) + side
         if any(key in row for key in ("to", "curve", "schedule", "planned")):
-            found.append(replace(_changed(run, row, group), start=start, scale=found[-1].scale))
+            found.append(replace(_changed(run, row, group, found[-1].scale), start=start, scale=found[-1].scale))
         elif isinstance(row.get("peaks"), dict):
             new_peak = _number(row["peaks"].get(group.get("name")))
             scale = found[-1].scale if new_peak is None else new_peak / float(group["lr"])
@@ -116,28 +116,51 @@ def _segments(run: Run, group: Row) -> list[_Segment]:
 
 def _first(run: Run, group: Row) -> _Segment:
     """The plan of the run row, exact where a curve can be had that agrees with the recorded points."""
+    if isinstance(group.get("lane"), list):
+        return _product(group["lane"])
     if isinstance(group.get("planned"), dict):
         return _interpolated(*_recorded(group))
+    if _own_pace(group):
+        return _UNKNOWN
     x, factor = _recorded(run.header)
     curve = _curve(run, run.header)
     if curve is not None and _agrees(curve, x, factor):
-        return _exact(curve, group)
+        return _exact((_with_floor(curve, group),))
     return _interpolated(x, _floored(factor, _number(group.get("floor"))))
 
 
-def _changed(run: Run, row: Row, group: Row) -> _Segment:
+def _changed(run: Run, row: Row, group: Row, scale: float) -> _Segment:
     """The plan of a replan row: its curve, if that gives the rate the row says came next; else its points."""
+    lanes = row.get("lanes")
+    if isinstance(lanes, dict) and group.get("name") in lanes:
+        return _product(lanes[group["name"]])
+    if _own_pace(group):
+        return _UNKNOWN
     x, factor = _recorded(row)
     curve = _curve(run, row)
-    if curve is None or (len(x) and not _agrees(curve, x, factor)):
-        return _interpolated(x, _floored(factor, _number(group.get("floor"))))
-    segment = _exact(curve, group)
+    if curve is not None:
+        lane = (_with_floor(curve, group),)
+        if _agrees(curve, x, factor) if len(x) else _follows(lane[0], run, row, group, scale):
+            return _exact(lane)
+    return _interpolated(x, _floored(factor, _number(group.get("floor"))))
+
+
+def _follows(curve: Curve, run: Run, row: Row, group: Row, scale: float) -> bool:
+    """Whether a curve gives the rate that the replan row says the next update was to get."""
     names = [g.get("name") for g in run.header.get("groups", ())]
     after = dict(zip(names, row.get("lr_after") or (), strict=False)).get(group.get("name"))
-    back = _BACK.get(str(run.header.get("sample", "midpoint")), 0.5)
-    follows = segment.at(np.array([float(row.get("step", 0)) + 1 - back]))[0] * float(group["lr"])
-    believed = after is None or abs(follows - after) <= _SAME * float(group["lr"])
-    return segment if believed or len(x) else _interpolated(_EMPTY, _EMPTY)
+    at = float(row.get("step", 0)) + 1 - _BACK.get(str(run.header.get("sample", "midpoint")), 0.5)
+    return after is None or abs(float(curve(at)) * scale - after / float(group["lr"])) <= _SAME
+
+
+def _own_pace(group: Row) -> bool:
+    """Whether the group has a plan that only a lane or points of its own could tell."""
+    return any(group.get(key) is not None for key in ("schedule", "unfreeze", "rewarm"))
+
+
+def _with_floor(curve: Curve, group: Row) -> Curve:
+    floor = _number(group.get("floor"))
+    return curve if floor is None else curve.floored(floor)
 
 
 def _agrees(curve: Curve, x: Floats, factor: Floats) -> bool:
@@ -162,23 +185,17 @@ def _curve(run: Run, row: Row) -> Curve | None:
         return None
 
 
-def _exact(curve: Curve, group: Row) -> _Segment:
-    lane = _lane(curve, group)
+def _product(lane: list[Row]) -> _Segment:
+    return _exact(tuple(map(Curve.from_dict, lane)))
+
+
+def _exact(lane: tuple[Curve, ...]) -> _Segment:
+    """The product of curves, with points close enough to draw it."""
+    steps = lane[0].steps
     edges = np.array([position for one in lane for position, _, _ in one.edges()])
-    grid = np.concatenate([np.linspace(0, curve.steps, 1001), edges, np.nextafter(edges, -1)])
-    points = np.unique(grid[(grid >= 0) & (grid <= curve.steps)])
+    grid = np.concatenate([np.linspace(0, steps, 1001), edges, np.nextafter(edges, -1)])
+    points = np.unique(grid[(grid >= 0) & (grid <= steps)])
     return _Segment(at=lambda x: np.prod([one(x) for one in lane], axis=0), points=points, exact=True)
-
-
-def _lane(curve: Curve, group: Row) -> tuple[Curve, ...]:
-    """The curves whose product is the group's factor."""
-    own = {key: group.get(key) for key in ("schedule", "floor", "unfreeze", "rewarm")}
-    if own["schedule"] is None and own["unfreeze"] is None and own["rewarm"] is None:
-        return (curve if own["floor"] is None else curve.floored(own["floor"]),)
-    from mupace.lanes import GroupSpec  # loads torch: only for groups that have a pace of their own
-
-    spec = {"name": str(group.get("name")), "base": {}, "since": group.get("since", 0), **own}
-    return GroupSpec.from_dict(spec).lane(curve)
 
 
 def _interpolated(x: Floats, factor: Floats) -> _Segment:
@@ -189,6 +206,9 @@ def _interpolated(x: Floats, factor: Floats) -> _Segment:
         return found
 
     return _Segment(at=at, points=x, exact=False)
+
+
+_UNKNOWN = _interpolated(_EMPTY, _EMPTY)
 
 
 def _recorded(row: Row) -> tuple[Floats, Floats]:

@@ -16,7 +16,7 @@ from mupace.errors import ConfigError
 from mupace.schedules.phases import Phase, Sample, Schedule
 from mupace.schedules.shapes import find_shape
 from mupace.schedules.text import brief
-from mupace.units import Array, Clock, Horizon, Span, Unit, plain_number
+from mupace.units import Array, Clock, Horizon, Span, Unit, is_number, plain_number
 
 OFFSET: dict[Sample, float] = {"start": 0.0, "midpoint": 0.5, "end": 1.0}
 _SNAP = 1e-9  # relative: boundaries this close to a whole position are that position (0.07 · 300 is 21)
@@ -37,10 +37,7 @@ class Piece:
     @property
     def last(self) -> float:
         """The value where the phase is left."""
-        shape = find_shape(self.phase.shape)
-        if self.stop == self.n and (shape.lands or self.n == 0):
-            return self.b
-        return float(shape.value(self.stop, self.n, self.a, self.b, **self.args))
+        return self.b if self.stop == self.n else float(self.value(self.stop))
 
     @property
     def open_ended(self) -> bool:
@@ -77,7 +74,7 @@ class Curve:
         self._starts = [p.x for p in self.pieces]
         last = self.pieces[-1]
         self._end = _meet(last.x + last.stop, horizon.length)
-        self.final = last.last
+        self._landing = last.last
         self.floor = _checked_floor(floor)
         self._peak_at, self._peak = _mapped_from(self) if floor is not None else (0.0, 1.0)
 
@@ -90,8 +87,13 @@ class Curve:
         """
         if self.horizon.steps is None:
             h = self.horizon
-            raise ConfigError(f"total={str(h.total)!r} has no number of steps without {h.total.unit}s per step")
+            raise ConfigError(f"total={str(h.total)!r} has no number of steps: it needs {h.axis}s_per_step=")
         return self.horizon.steps
+
+    @property
+    def final(self) -> float:
+        """The value at the end, held for every later position."""
+        return self._scalar(self._end)
 
     @property
     def sample(self) -> Sample:
@@ -128,7 +130,7 @@ class Curve:
         if not x >= 0:
             raise ConfigError(f"position {x:g}: legal is 0 or more")
         if x >= self._end:
-            value = self.final
+            value = self._landing
         else:
             piece = self.pieces[bisect_right(self._starts, x) - 1]
             value = float(piece.value(x - piece.x))
@@ -151,7 +153,7 @@ class Curve:
         for piece, i, j in zip(self.pieces, cuts, cuts[1:], strict=False):
             if i < j:
                 out[i:j] = piece.value(x[i:j] - piece.x)
-        out[cuts[-1] :] = self.final
+        out[cuts[-1] :] = self._landing
         if self.floor is not None:
             after = int(np.searchsorted(x, self._peak_at))
             out[after:] = self._floored(out[after:])
@@ -159,7 +161,7 @@ class Curve:
 
     def _floored(self, value: Any) -> Any:
         assert self.floor is not None
-        way = (value - self.final) / (self._peak - self.final)
+        way = (value - self._landing) / (self._peak - self._landing)
         return self.floor * (1.0 - way) + self._peak * way
 
     def floored(self, floor: float) -> Curve:
@@ -315,11 +317,12 @@ def _snap(x: float) -> float:
 
 
 def _checked_floor(floor: float | None) -> float | None:
-    if floor is not None and not 0 <= floor <= 1:
-        raise ConfigError(
-            f"floor={floor:g}: {'above the peak; ' if floor > 1 else ''}legal is a fraction of the peak, 0 to 1"
-        )
-    return floor
+    if floor is None:
+        return None
+    if not is_number(floor) or not 0 <= floor <= 1:
+        above = "above the peak; " if is_number(floor) and floor > 1 else ""
+        raise ConfigError(f"floor={floor!r}: {above}legal is a fraction of the peak, 0 to 1")
+    return float(floor)
 
 
 def _mapped_from(curve: Curve) -> tuple[float, float]:
@@ -328,7 +331,7 @@ def _mapped_from(curve: Curve) -> tuple[float, float]:
     Raises:
         ConfigError: the floor lies above the curve, or the curve has no one lowest end to move to it.
     """
-    floor, final = curve.floor, curve.final
+    floor, final = curve.floor, curve._landing
     assert floor is not None
     points = [point for piece in curve.pieces for point in _turns(piece)]
     peak = max(v for _, v in points)

@@ -133,8 +133,9 @@ def restarts(cycles: int, floor: float = 0.0, warmup: Length = None, growth: flo
 
     Source: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, arXiv 1608.03983 (T_mult).
     """
-    if cycles < 1 or growth <= 0:
-        raise ConfigError(f"restarts: cycles={cycles}, growth={growth}: legal are cycles >= 1 and growth > 0")
+    _counted(cycles)
+    if not 0 < growth < float("inf"):
+        raise ConfigError(f"growth={growth}: legal is a positive number")
     head = Span.parse(warmup, "warmup") if warmup is not None else Span(0.0, "fraction")
     if head.unit != "fraction":
         raise ConfigError(f"restarts: warmup={str(head)!r}: legal is a share of the run, such as '2%'")
@@ -177,6 +178,10 @@ def _sentence(warmup: Length, *phases: Phase) -> Schedule:
 
 
 def _part(cycles: int, parts: int) -> Span:
-    if cycles < 1:
-        raise ConfigError(f"cycles={cycles}: legal is 1 or more")
+    _counted(cycles)
     return Span(1 / (cycles * parts), "fraction")
+
+
+def _counted(cycles: int) -> None:
+    if isinstance(cycles, bool) or not isinstance(cycles, int) or cycles < 1:
+        raise ConfigError(f"cycles={cycles!r}: legal is a whole number, 1 or more")

@@ -137,7 +137,7 @@ class Schedule:
             )
         given = _factor("schedule", "start", self.start)
         said = phases[0].begin if phases[0].begin is not None else phases[0].first_value
-        if None not in (given, said) and given != said:
+        if given is not None and said is not None and abs(given - said) > 1e-12:  # rounding is no contradiction
             raise ConfigError(f"schedule: start={given:g}, but its first phase begins at {said:g}; legal is one")
         start = said if said is not None else given if given is not None else self.default_start(phases[0])
         object.__setattr__(self, "start", start)
@@ -234,7 +234,7 @@ def _arg(shape: Shape, name: str, value: Any) -> Arg:
     row = kind == "shares"
     given = tuple(value) if row and isinstance(value, (list, tuple)) else (value,)
     if (row and not isinstance(value, (list, tuple))) or not given or not all(_within(x, low, high) for x in given):
-        shown = list(given) if row else value
+        shown = list(value) if isinstance(value, tuple) else value
         raise ConfigError(f"{label}={shown!r}: legal is {words}")
     return tuple(float(x) for x in given) if row else float(given[0])
 

@@ -54,7 +54,7 @@ PRESETS: dict[str, Preset] = {
     # For reproducing published runs: cosine to 10 % of the peak after 2000 steps (Touvron et al., LLaMA).
     "pretrain_cosine10": Preset(
         stage="pretrain", text="warmup 2000 steps | cosine -> 0.1", peak=3e-4,
-        source="Touvron et al., LLaMA, arXiv 2302.13971, §2.3 and Table 2 (3e-4 at 7B)",
+        source="Touvron et al., LLaMA, arXiv 2302.13971, §2.3 (cosine to 10 %, 2000 warmup steps), Table 2 (7B, 3e-4)",
     ),
     # Re-warm, decay again; replay of old data matters as much as the curve.
     "continue_rewarm": Preset(

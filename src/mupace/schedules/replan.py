@@ -96,14 +96,14 @@ def branch(
 
 def _same_before(old: Curve, new: Curve, now: float) -> Curve:
     """The new curve, refused where its other end would bend the past of a curve that a floor maps."""
-    if old.floor is None or new.final == old.final:
+    if old.floor is None:
         return new
-    axis = old.horizon.axis
+    axis, own = old.horizon.axis, old.pieces[-1].last
     past = np.unique([*np.linspace(0.0, now, 65), *(p.x for p in old.pieces if p.x <= now)])
     if not np.allclose(old(past, axis), new(past, axis), rtol=0.0, atol=1e-12):
         raise ConfigError(
-            f"floor={old.floor:g}: the curve has left its peak and would end at {new.final:g} instead of {old.final:g} "
-            f"before the floor; legal are end={old.final:g}, rule='stretch', or a schedule that says its own end"
+            f"floor={old.floor:g}: the curve has left its peak, and its end before the floor would change from {own:g} "
+            f"to {new.pieces[-1].last:g}; legal are end={own:g}, rule='stretch', or a schedule that says its own end"
         )
     return new
 

@@ -3,7 +3,9 @@
 A shape maps the way travelled inside its phase to a value:
 
     value(t, n, a, b)      t: axis units since the phase began; n: the phase's length; a: value at its begin;
-                           b: value it aims at; u = t/n
+                           b: value at its end; u = t/n
+
+A wave of other than half cycles is not at b as t reaches n; at the end of its phase it is put there, as every shape is.
 
 A shape that sets its own end (hold, step, inv_sqrt …) takes no `b`. Parameters may be numbers or lengths;
 lengths arrive here already converted to axis units, rows of numbers as arrays.
@@ -41,7 +43,6 @@ class Shape:
         formula: in words that an error can show.
         params: name -> kind (see `KINDS`; "length" is a span); required: those without a default.
         own_end: it takes no end value: where it ends follows from its formula.
-        lands: it is at b when its phase is over (a wave may be anywhere between a and b).
     """
 
     name: str
@@ -50,7 +51,6 @@ class Shape:
     params: Mapping[str, Kind] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     own_end: bool = False
-    lands: bool = True
 
 
 def _hold(t: Any, n: float, a: float, b: float) -> Any:
@@ -166,7 +166,7 @@ for _shape in (
     ),
     Shape(
         name="wave", value=_wave, formula="b + (a − b)·max(0, (1 + cos 2π·cycles·u)/2),  u = (t + skip)/(n + skip)",
-        params={"cycles": "positive", "skip": "length"}, required=("cycles",), lands=False,
+        params={"cycles": "positive", "skip": "length"}, required=("cycles",),
     ),
     Shape(name="exp", value=_exp, formula="(a − β)·((b − β)/(a − β))^u + β", params={"bias": "number"}),
     Shape(

@@ -79,7 +79,7 @@ def _phase(text: str, whole: str) -> Phase:
     try:
         return _read(text)
     except ConfigError as error:
-        raise type(error)(f"phase {brief(text)}: {error}") from None
+        raise type(error)(f"phase {brief(text)}: {_short(str(error), 400)}") from None
 
 
 def _read(text: str) -> Phase:
@@ -144,7 +144,10 @@ def _number(text: str, name: str) -> float:
 
 def brief(text: object, most: int = 120) -> str:
     """The text as a quoted line, shortened in the middle where it is long."""
-    line = repr(str(text))
+    return _short(repr(str(text)), most)
+
+
+def _short(line: str, most: int) -> str:
     return line if len(line) <= most else f"{line[: most // 2]} … {line[-most // 2 :]}"
 
 

@@ -161,6 +161,17 @@ def verify(path: str | Path) -> None:
             raise CheckpointError(f"checkpoint {path}: {name} has sha256 {got[:12]}…, expected {sha256[:12]}…")
 
 
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The saved state of a checkpoint that verifies, without loading anything.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    verify(path)
+    state: dict[str, Any] = _read_json(Path(path) / "state.json")
+    return state
+
+
 def discard_after(run_dir: str | Path, step: int) -> list[Path]:
     """Remove the checkpoints beyond `step`, from which a run that went back to `step` would else resume."""
     later = [path for s, path in _listed(Path(run_dir)) if s > step]

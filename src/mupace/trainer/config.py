@@ -20,7 +20,6 @@ from mupace.errors import ConfigError, one_of
 from mupace.schedules import Curve, Schedule, preset, schedule
 from mupace.units import Span, batch_tokens
 
-
 OFF = "off"
 
 
@@ -228,7 +227,8 @@ class RunConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `parse` reads it back equal."""
-        return _plain(self)
+        plain: dict[str, Any] = json.loads(json.dumps(_plain(self)))  # a tuple becomes the list that is read back
+        return plain
 
     def replace(self, changes: Mapping[str, Any]) -> RunConfig:
         """The config with dotted keys set, checked again: {"optimizer.lr": 1e-3}."""
@@ -332,8 +332,5 @@ def _legal(section: Sequence[int | str]) -> list[str]:
     """The legal keys of a section, found by walking the models."""
     model: Any = RunConfig
     for part in section:
-        if isinstance(part, str):
-            model = model.model_fields[part].annotation
-        else:
-            model = model.__args__[0]  # an element of a list
+        model = model.model_fields[part].annotation if isinstance(part, str) else model.__args__[0]  # of a list
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-"""The reference trainer, readable top to bottom: prepare, train, resume.
+"""The reference trainer, readable top to bottom: prepare, resume, train, save.
 
     config -> prepare (everything checked, nothing written) -> Trainer.run -> Result
 
@@ -11,50 +11,44 @@ from __future__ import annotations
 
 import json
 import math
-import platform
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import get_total_norm
 
-from mupace._version import __version__
-from mupace.errors import ConfigError, StateError
-from mupace.optimizers import optimizer as build_optimizers
+from mupace.errors import CheckpointError, StateError
 from mupace.pacer import Pacer
-from mupace.params import ParamTable, param_table
-from mupace.record import Record, TensorBoardSink, record_file
-from mupace.scales import Rule, freeze, freeze_parameters, groups, layer_decay, pace, scale, unfreeze
+from mupace.record import Record, TensorBoardSink, read, record_file
 from mupace.trainer import checkpoint
-from mupace.trainer.config import GroupsSection, RuleSection, RunConfig
-from mupace.trainer.data import Dataset, Sampler
-from mupace.trainer.data import prepare as prepare_data
-from mupace.trainer.model import build, evaluating, generate_text, resolve
-from mupace.units import Span
+from mupace.trainer.config import RunConfig
+from mupace.trainer.data import Sampler
+from mupace.trainer.model import evaluating, generate_text
+from mupace.trainer.parts import Parts, describe, intervals, optimizers_of, plan_of, prepare, rules_of
 
-PLAN_POINTS = 512  # points of the planned curve in the record
+__all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
+
 # Sections that a resumed run must share with its checkpoint; the schedule has its own policy (run.on_mismatch).
-FIXED = ("model", "data", "batch", "optimizer", "groups", "clip")
+FIXED = ("model", "data", "batch", "optimizer", "groups", "clip", "run")
+# Keys of theirs that may change: where things are (the content is compared by its hash), and what changes no result.
+FREE = {
+    "data.text",
+    "data.tokenizer",
+    "data.cache",
+    "model.compile",
+    "model.gradient_checkpointing",
+    *("run.stage", "run.device", "run.threads", "run.tensorboard", "run.on_mismatch"),
+}
+# A loss scale starts at 2^16 and halves at each skip: after so many in a row it is far below any that could help.
+MAX_SKIPS = 50
 Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """All that a run is made of, built and checked, nothing written yet."""
-
-    config: RunConfig
-    data: Dataset
-    model: Any
-    table: ParamTable
-    optimizers: list[torch.optim.Optimizer]
-    pacer: Pacer
-    device: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +56,11 @@ class Result:
     """How a run ended.
 
     Attributes:
-        steps: updates applied in all; resumed_at: where this process took over (None: from the start).
-        loss: of the last update; eval_loss, bits_per_byte: of the last evaluation, None without one.
+        steps: updates applied in all.
+        resumed_at: where this process took over; None: from the start.
+        loss: of the last update; None when there was none.
+        eval_loss, bits_per_byte: of the last evaluation; None without one.
+        seconds: of training, over all processes that worked on this run.
         reason: "finished", or the signal that stopped it ("SIGTERM", "SIGINT").
     """
 
@@ -77,73 +74,6 @@ class Result:
     reason: str
 
 
-def prepare(config: RunConfig) -> Parts:
-    """Build the data, the model, the optimizer and the pacer of a config; every user error is found here.
-
-    Raises:
-        ConfigError, MatchError, DataError: one line each.
-    """
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
-    device = _device(config.run.device)
-    d, m = config.data, config.model
-    data = prepare_data(
-        d.text,
-        tokenizer=d.tokenizer,
-        seq_len=d.seq_len,
-        field=d.field,
-        valid_fraction=d.valid_fraction,
-        cache=None if d.cache is None else Path(d.cache),
-    )
-    curve = config.curve(len(data.train))
-    blueprint = resolve(
-        m.name,
-        m.config,
-        tokenizer=data.tokenizer,
-        seq_len=d.seq_len,
-        dtype=m.dtype,
-        attention=m.attention,
-        gradient_checkpointing=m.gradient_checkpointing,
-    )
-    model = build(blueprint, seed=config.run.seed).to(device)
-    table, optimizers = optimizers_of(config, model)
-    pacer = Pacer(optimizers, curve, fields=config.schedule.fields, on_mismatch=config.run.on_mismatch)
-    for every in (config.eval.every, config.checkpoint.every):
-        _every(pacer, every)
-    return Parts(config=config, data=data, model=model, table=table, optimizers=optimizers, pacer=pacer, device=device)
-
-
-def optimizers_of(config: RunConfig, model: Any) -> tuple[ParamTable, list[torch.optim.Optimizer]]:
-    """The parameter table and the optimizers of a config; frozen tensors stop requiring gradients."""
-    o = config.optimizer
-    rules = rules_of(config.groups)
-    table = param_table(model, config.groups.roles)
-    made = groups(
-        table, rules, lr=o.lr, weight_decay=o.weight_decay, eps=o.options.get("eps"), no_decay=config.groups.no_decay
-    )
-    freeze_parameters(model, rules)
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in o.options.items()}
-    return table, build_optimizers(o.name, made, table=table, rest=o.rest, **options)
-
-
-def rules_of(section: GroupsSection) -> list[Rule]:
-    """The rules of a [groups] section."""
-    found = [] if section.layer_decay is None else [layer_decay(section.layer_decay)]
-    return found + [rule for row in section.rules for rule in _rules(row)]
-
-
-def _rules(row: RuleSection) -> Iterator[Rule]:
-    if row.freeze:
-        yield freeze(row.select)
-        return
-    if row.lr != 1 or row.weight_decay != 1 or row.eps != 1:
-        yield scale(row.select, lr=row.lr, weight_decay=row.weight_decay, eps=row.eps)
-    if row.schedule is not None or row.floor is not None:
-        yield pace(row.select, schedule=row.schedule, floor=row.floor)
-    if row.unfreeze is not None:
-        yield unfreeze(row.select, at=row.unfreeze)
-
-
 def train(
     config: RunConfig,
     directory: str | Path,
@@ -153,12 +83,14 @@ def train(
 ) -> Result:
     """Train; continue from the newest complete checkpoint in `directory` if there is one.
 
+    A run that is already finished is left as it is.
+
     Args:
         config: the run.
-        directory: of the record and the checkpoints; made if missing.
+        directory: of the record and the checkpoints; made if missing. One process at a time works in it.
         progress: called after every update with {"step", "steps", "loss", "lr", "tokens_per_second"}, and with
             {"message": …} when there is something to say.
-        replan: called once with the pacer after a resume, to extend, cut or branch it.
+        replan: called once with the pacer after a resume, to extend, cut or branch it. The change is saved at once.
 
     Raises:
         ConfigError, DataError: before anything is written.
@@ -176,26 +108,31 @@ class Trainer:
         self.parts, self.directory, self.progress = parts, directory, progress
         self.config, self.pacer, self.model = parts.config, parts.pacer, parts.model
         c = self.config
+        self.tokens_per_step = c.batch.micro * c.batch.accumulate * c.data.seq_len
         self.sampler = Sampler(len(parts.data.train), batch=c.batch.micro * c.batch.accumulate, seed=c.run.seed)
         self.scaler = torch.amp.GradScaler(parts.device.type, enabled=c.run.precision == "fp16")
         self.forward = torch.compile(self.model) if c.model.compile else self.model
         self.eval_blocks = parts.data.eval_blocks(c.eval.blocks)
-        self.eval_every = _every(self.pacer, c.eval.every)
-        self.save_every = _every(self.pacer, c.checkpoint.every)
         self.seconds = 0.0  # training time, over all processes that worked on this run
         self.journaled = 0  # rows of the pacer's journal that the record has
+        self.skips = 0  # updates in a row that the loss scale has made us skip
+        self.unsaved = False
         self.stop: str | None = None
         self.last_loss: float | None = None
-        self.last_eval: tuple[float, float | None] | None = None
+        self.last_eval: tuple[float, float] | None = None
 
     def run(self, replan: Callable[[Pacer], None] | None = None) -> Result:
         """Train to the end of the horizon, or until a signal asks to stop."""
-        torch.manual_seed(self.config.run.seed)
+        _seed(self.config.run.seed)
         resumed = self._resume()
         if replan is not None:
             if resumed is None:
                 raise StateError(f"{self.directory} has no checkpoint: there is no run whose plan could be changed")
             replan(self.pacer)
+        self.eval_interval, self.save_interval = intervals(self.config, self.pacer.curve.horizon)
+        if resumed is not None and self._done() and self._recorded_end():
+            self.progress({"message": f"this run was finished at update {resumed}: nothing is left to do"})
+            return self._result(resumed, "finished")
         with self._record() as record, _signals(self):
             self._announce(record, resumed)
             self._replanned(record)
@@ -203,62 +140,60 @@ class Trainer:
                 self._loop(record)
             finally:
                 record.sync()
-            reason = self.stop or "finished"
-            self._save(record)
+            reason = "finished" if self._done() else str(self.stop)
+            if self.unsaved:
+                self._save(record)
             if reason == "finished":
                 self._sample(record)
             record.write("end", step=self.pacer.clock.step, reason=reason)
-        loss, bits = self.last_eval or (None, None)
-        return Result(
-            directory=self.directory,
-            steps=self.pacer.clock.step,
-            resumed_at=resumed,
-            loss=self.last_loss,
-            eval_loss=loss,
-            bits_per_byte=bits,
-            seconds=self.seconds,
-            reason=reason,
-        )
+        return self._result(resumed, reason)
 
     def _loop(self, record: Record) -> None:
         while not self._done() and self.stop is None:
-            self._update(record)
-            step = self.pacer.clock.step
-            if self.eval_every and (step % self.eval_every == 0 or self._done()):
+            before = self.seconds
+            if not self._update(record):
+                continue
+            step, done = self.pacer.clock.step, self._done()
+            if self.config.eval.every is not None and (done or self.eval_interval.due(step, before, self.seconds)):
                 self._evaluate(record)
-            if self.save_every and step % self.save_every == 0 and not self._done():
+            if not done and self.save_interval.due(step, before, self.seconds):
                 self._save(record)
 
     def _done(self) -> bool:
         clock, h = self.pacer.clock, self.pacer.curve.horizon
         return clock.step >= h.steps if h.steps is not None else float(getattr(clock, h.axis)) >= h.length
 
-    def _update(self, record: Record) -> None:
-        """One optimizer update: the order of the calls is the contract."""
+    def _update(self, record: Record) -> bool:
+        """One optimizer update, in the order that is the contract; False when the loss scale made us skip it."""
         began = time.perf_counter()
         lr = dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
         before = self.pacer.clock.step
         loss = self._accumulate(next(self.sampler))
-        norm = self._clip()
-        for optimizer in self.parts.optimizers:
-            self.scaler.step(optimizer)
+        norm, clipped = self._clip()
+        # Asked once for all: of two optimizers, one must not step while the other's gradients overflow.
+        if not self.scaler.is_enabled() or math.isfinite(norm):
+            for optimizer in self.parts.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.pacer.step()
         for optimizer in self.parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.last_loss = float(loss)
+        self.last_loss, self.unsaved = float(loss), True
         spent = time.perf_counter() - began
         self.seconds += spent
-        self._log(record, lr, norm, spent, skipped=self.pacer.clock.step == before)
+        applied = self.pacer.clock.step > before
+        self._log(record, lr, norm, spent, clipped=clipped, skipped=not applied)
+        self._refuse_skipping_for_ever(applied)
+        return applied
 
     def _accumulate(self, blocks: Any) -> torch.Tensor:
         """Forward and backward over the micro-batches; returns the mean loss, on its device."""
-        c = self.config
+        c = self.config.batch
         ids = self.parts.data.train.take(blocks).to(self.parts.device, non_blocking=True)  # [B, T+1]
         total = torch.zeros((), device=self.parts.device)
-        for micro in torch.split(ids, c.batch.micro):
+        for micro in torch.split(ids, c.micro):
             with self._autocast():
-                loss = self.forward(input_ids=micro, labels=micro).loss / c.batch.accumulate
+                loss = self.forward(input_ids=micro, labels=micro, use_cache=False).loss / c.accumulate
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -268,19 +203,38 @@ class Trainer:
         precision = self.config.run.precision
         return nullcontext() if precision == "fp32" else torch.autocast(self.parts.device.type, dtypes[precision])
 
-    def _clip(self) -> torch.Tensor:
-        """Unscale and clip; returns the global norm before clipping."""
+    def _clip(self) -> tuple[float, bool]:
+        """Unscale, clip by value and by norm; returns the global norm before, and whether anything was clipped."""
         for optimizer in self.parts.optimizers:
             self.scaler.unscale_(optimizer)
-        if self.config.clip.value is not None:
-            self.pacer.clip_grad_value_(self.config.clip.value)
-        limit = self.config.clip.norm
-        return self.pacer.clip_grad_norm_(math.inf if limit is None else limit)
+        by_value, by_norm = self.config.clip.value, self.config.clip.norm
+        if by_value is None and by_norm is not None:
+            norm = float(self.pacer.clip_grad_norm_(by_norm))
+            return norm, norm > by_norm
+        grads = [
+            p.grad for o in self.parts.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None
+        ]
+        norm, clipped = float(get_total_norm(grads)), False
+        if by_value is not None:
+            clipped = float(get_total_norm(grads, math.inf)) > by_value
+            self.pacer.clip_grad_value_(by_value)
+        if by_norm is not None:
+            clipped |= float(self.pacer.clip_grad_norm_(by_norm)) > by_norm
+        return norm, clipped
 
-    def _log(self, record: Record, lr: dict[str, float], norm: torch.Tensor, spent: float, *, skipped: bool) -> None:
-        clock, c = self.pacer.clock, self.config
-        tokens = c.batch.micro * c.batch.accumulate * c.data.seq_len
-        grad_norm = float(norm)
+    def _refuse_skipping_for_ever(self, applied: bool) -> None:
+        self.skips = 0 if applied else self.skips + 1
+        if self.skips == MAX_SKIPS:
+            raise StateError(
+                f"update {self.pacer.clock.step + 1} was skipped {MAX_SKIPS} times in a row: its gradients are not "
+                f"finite at a loss scale of {self.scaler.get_scale():.3g} either; legal is run.precision='bf16', or a "
+                "smaller lr"
+            )
+
+    def _log(
+        self, record: Record, lr: dict[str, float], norm: float, spent: float, *, clipped: bool, skipped: bool
+    ) -> None:
+        clock, speed = self.pacer.clock, self.tokens_per_step / spent
         scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
         record.write(
             "update",
@@ -289,21 +243,21 @@ class Trainer:
             sample=clock.sample,
             second=self.seconds,
             loss=self.last_loss,
-            grad_norm=grad_norm,
-            clipped=c.clip.norm is not None and grad_norm > c.clip.norm,
+            grad_norm=norm,
+            clipped=clipped,
             lr=lr,
-            tokens_per_second=tokens / spent,
+            tokens_per_second=speed,
             skipped=skipped,
             **scale,
         )
-        h = self.pacer.curve.horizon
+        steps = self.pacer.curve.horizon.steps
         self.progress(
             {
                 "step": clock.step,
-                "steps": h.steps,
+                "steps": steps,
                 "loss": self.last_loss,
                 "lr": max(lr.values()),
-                "tokens_per_second": tokens / spent,
+                "tokens_per_second": speed,
             }
         )
 
@@ -315,7 +269,7 @@ class Trainer:
             for ids in torch.split(self.eval_blocks, self.config.batch.micro):
                 ids = ids.to(self.parts.device)
                 with self._autocast():
-                    loss = self.forward(input_ids=ids, labels=ids).loss
+                    loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
                 n = ids.shape[0] * (ids.shape[1] - 1)
                 total, tokens = total + float(loss) * n, tokens + n
         mean = total / tokens
@@ -353,22 +307,22 @@ class Trainer:
             keep=c.checkpoint.keep,
             tokenizer=self.parts.data.tokenizer,
         )
+        self.unsaved = False
         record.write("checkpoint", step=self.pacer.clock.step, path=path.name)
 
     def _resume(self) -> int | None:
-        """Load the newest complete checkpoint; None when there is none."""
+        """Load the newest complete checkpoint; None when there is none. Nothing is written."""
         path = checkpoint.latest(self.directory, lambda line: self.progress({"message": f"left out: {line}"}))
         if path is None:
             return None
-        _refuse_another_run(path, json.loads((path / "state.json").read_text()), self)
+        _refuse_another_run(path, checkpoint.read_state(path), self.parts)
         state = checkpoint.load(path, model=self.model, optimizers=self.parts.optimizers)
         self.pacer.load_state_dict(state["pacer"])
-        self.journaled = len(state["pacer"]["journal"])
+        self.journaled = state["pacer"]["journaled"]
         self.sampler.load_state_dict(state["sampler"])
-        if state["scaler"] is not None and self.scaler.is_enabled():
+        if state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.seconds = float(state["seconds"])
-        checkpoint.discard_after(self.directory, self.pacer.clock.step)
         return self.pacer.clock.step
 
     def _record(self) -> Record:
@@ -379,103 +333,79 @@ class Trainer:
         """The row that says what this run is; after a restart, the row that says from where it goes on."""
         fresh = record.seq == 0
         if not fresh:
-            record.write("resume", step=resumed or 0, path="" if resumed is None else checkpoint.name_of(resumed))
-            self.progress({"message": f"resumed at update {resumed or 0}"})
+            path = "" if resumed is None else checkpoint.name_of(resumed)
+            record.write("resume", step=resumed or 0, path=path)
+            what = "started again: no complete checkpoint" if resumed is None else f"resumed at update {resumed}"
+            self.progress({"message": what})
         if fresh or resumed is None:
             record.write("run", **describe(self.parts))
 
     def _replanned(self, record: Record) -> None:
-        """Journal rows that the record does not have yet (a plan changed at this resume)."""
-        for row in self.pacer.journal[self.journaled :]:
-            record.write("replan", **row)
-        self.journaled = len(self.pacer.journal)
+        """Record and save a plan that was changed at this resume, so that a kill cannot undo the change."""
+        new = self.pacer.journal[self.journaled :]
+        for row in new:
+            record.write("replan", **row, **(plan_of(self.pacer.curve) if row is new[-1] else {}))
+            self.progress({"message": f"plan changed by {row['rule']}: {self.pacer.curve.schedule}"})
+        if new:
+            self._save(record)
+
+    def _recorded_end(self) -> bool:
+        """Whether the record says that the run was finished here; then its last numbers are taken from it."""
+        try:
+            run = read(self.directory)
+        except StateError:
+            return False
+        ends = run.of_type("end")
+        if not ends or (ends[-1]["reason"], ends[-1]["step"]) != ("finished", self.pacer.clock.step):
+            return False
+        self.last_loss = float(run.updates["loss"][-1]) if "loss" in run.updates else None
+        self.last_eval = (run.evals[-1]["loss"], run.evals[-1]["bits_per_byte"]) if run.evals else None
+        return True
+
+    def _result(self, resumed: int | None, reason: str) -> Result:
+        loss, bits = self.last_eval or (None, None)
+        return Result(
+            directory=self.directory,
+            steps=self.pacer.clock.step,
+            resumed_at=resumed,
+            loss=self.last_loss,
+            eval_loss=loss,
+            bits_per_byte=bits,
+            seconds=self.seconds,
+            reason=reason,
+        )
 
 
-def describe(parts: Parts) -> dict[str, Any]:
-    """What a run is, for its record: versions, sizes, groups, and the planned curve."""
-    curve, pacer = parts.pacer.curve, parts.pacer
-    h = curve.horizon
-    points = np.linspace(0, h.steps, PLAN_POINTS) if h.steps is not None else np.zeros(0)
-    if h.steps is not None and h.steps < PLAN_POINTS:
-        points = np.arange(h.steps + 1, dtype=float)
-    edges = curve.edges() if h.steps is not None else []
-    named = {spec.name: spec for spec in pacer.groups}
-    return {
-        "schema": 1,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "mupace": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(parts.device),
-        "config": parts.config.to_dict(),
-        "model": type(parts.model).__name__,
-        "parameters": sum(p.numel() for p in parts.model.parameters()),
-        "tokens_per_step": parts.config.batch.micro * parts.config.batch.accumulate * parts.config.data.seq_len,
-        "steps": h.steps,
-        "total": str(h.total),
-        "text": {"sha256": parts.data.sha256, "documents": parts.data.documents, "bytes": parts.data.n_bytes},
-        "text_sha256": parts.data.sha256,
-        "tokenizer": parts.data.tokenizer.name,
-        "groups": [
-            {
-                "name": name,
-                "lr": named[name].base["lr"],
-                "weight_decay": float(group.get("weight_decay", 0.0)),
-                "tensors": len(group["params"]),
-                "parameters": sum(p.numel() for p in group["params"]),
-                "floor": named[name].floor,
-                "schedule": named[name].schedule,
-                "unfreeze": named[name].unfreeze,
-            }
-            for name, group in zip(pacer.names, (g for o in parts.optimizers for g in o.param_groups), strict=True)
-        ],
-        "schedule": str(curve.schedule),
-        "sample": curve.sample,
-        "floor": curve.floor,
-        "clip": parts.config.clip.norm,
-        "planned": {"step": points.tolist(), "factor": curve(points).tolist() if len(points) else []},
-        "edges": [list(edge) for edge in edges],
-    }
+def _seed(seed: int) -> None:
+    """Seed every generator that a model may draw from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
 
 
-def _refuse_another_run(path: Path, saved: Mapping[str, Any], trainer: Trainer) -> None:
+def _refuse_another_run(path: Path, saved: Mapping[str, Any], parts: Parts) -> None:
     """A checkpoint continues only the run that wrote it: the first difference is named."""
-    here = trainer.config.to_dict()
+    config = parts.config
+    free = FREE | ({"optimizer.lr"} if config.run.on_mismatch != "error" else set())  # then the pacer decides
+    here = config.to_dict()
     for section in FIXED:
         then, now = saved["config"].get(section, {}), here.get(section, {})
         for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key):
-                raise StateError(
-                    f"{path} was written with {section}.{key}={_shown(then.get(key))}, the config has "
+            if f"{section}.{key}" not in free and then.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"checkpoint {path} was written with {section}.{key}={_shown(then.get(key))}, the config has "
                     f"{_shown(now.get(key))}; legal is the same value, or another output directory"
                 )
-    data = trainer.parts.data
-    for what, own in (("text_sha256", data.sha256), ("tokenizer_sha256", data.tokenizer.sha256)):
-        if saved[what] != own:
-            name = "text" if what == "text_sha256" else "tokenizer"
-            raise StateError(f"{path} was trained on another {name} (sha256 {saved[what][:12]}…, now {own[:12]}…)")
+    for what, own in (("text", parts.data.sha256), ("tokenizer", parts.data.tokenizer.sha256)):
+        if (hash_ := saved[f"{what}_sha256"]) != own:
+            raise CheckpointError(
+                f"checkpoint {path} was trained with another {what}: data.{what}={_shown(here['data'][what])} has "
+                f"sha256 {own[:12]}…, {_shown(saved['config']['data'][what])} had {hash_[:12]}…"
+            )
 
 
 def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value)
-
-
-def _every(pacer: Pacer, text: str | None) -> int | None:
-    """A length as a whole number of updates, at least 1."""
-    if text is None:
-        return None
-    return max(1, round(pacer.curve.horizon.convert(Span.parse(text), "step")))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"run.device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 @contextmanager

@@ -85,17 +85,17 @@ def from_megatron(
     run, decay, warmup, wsd = _samples(iters, samples, batch, lr_warmup_fraction)
     plan = _Plan(run=run, warmup=warmup, decay=decay, wsd=wsd, init=lr_warmup_init, top=float(lr), low=float(min_lr))
     _check(plan, lr_decay_style)
-    horizon = Horizon(total=Span(int(run), "sample"), samples_per_step=batch)
+    horizon = Horizon(total=Span(_whole_updates(run, batch), "sample"), samples_per_step=batch)
     source = f"megatron {lr_decay_style}"
     curve, peak = bound(_parts(plan, lr_decay_style, lr_wsd_decay_style), horizon, source, peak=plan.top)
-    fields, peaks = _weight_decay(start_weight_decay, end_weight_decay, weight_decay_incr_style, horizon)
+    fields, peaks = _weight_decay(start_weight_decay, end_weight_decay, weight_decay_incr_style, run, horizon)
     return Imported(source=source, curves=(curve,), peaks=(peak,), fields=fields, field_peaks=peaks)
 
 
 def _samples(
     iters: _Lengths, samples: _Lengths, batch: int, fraction: float | None
 ) -> tuple[float, float, float, float | None]:
-    """(run, decay, warmup, WSD decay) in samples; whole updates only."""
+    """(run, decay, warmup, WSD decay) in samples."""
     if (iters[0] is None) == (samples[0] is None):
         raise ConfigError(f"train_iters={iters[0]!r}, train_samples={samples[0]!r}; legal is to give one of them")
     given, other, scale = (iters, samples, batch) if samples[0] is None else (samples, iters, 1)
@@ -108,7 +108,14 @@ def _samples(
     warmup = (given[2] or 0) * scale if fraction is None else fraction * decay
     if fraction is not None and given[2]:
         raise ConfigError("lr_warmup_fraction is given beside a warmup length; legal is one of them")
-    return run // batch * batch, decay, warmup, None if given[3] is None else wsd
+    return run, decay, warmup, None if given[3] is None else wsd
+
+
+def _whole_updates(run: float, batch: int) -> int:
+    """The samples of the updates that a run of `run` samples makes; the rest is not trained on."""
+    if run < batch:
+        raise ConfigError(f"train_samples={run:g}: legal is at least one global_batch_size={batch}")
+    return int(run // batch * batch)
 
 
 def _check(plan: _Plan, style: str) -> None:
@@ -150,7 +157,9 @@ def _wsd(plan: _Plan, style: str) -> list[Part]:
     """Top until the last `wsd` samples of the decay; a warmup that ends later enters the decay late."""
     assert plan.wsd is not None
     stable = plan.decay - plan.wsd - plan.warmup
-    late, n = max(0.0, -stable), plan.wsd + min(0.0, stable)
+    reached = 0.5 if stable < 0 and plan.warmup == int(plan.warmup) else 0.0  # the warmup's last sample is at the top
+    late = max(0.0, reached - stable)
+    n = plan.wsd - late
     skip = {"skip": late} if late else {}
     if style == "cosine":
         fall = ramp("cosine", n, plan.top, plan.low, **skip)
@@ -162,11 +171,11 @@ def _wsd(plan: _Plan, style: str) -> list[Part]:
         fall = ramp("poly", n, plan.top, plan.low, p=1.0, k=0.5 if style == "minus_sqrt" else 1.0, **skip)
     else:
         fall = ramp("linear" if style == "linear" else "sqrt", n, plan.top, plan.low)
-    return [hold(plan.top, max(0.0, stable)), fall]
+    return [hold(plan.top, max(reached, stable)), fall]
 
 
 def _weight_decay(
-    start: float | None, end: float | None, style: str, horizon: Horizon
+    start: float | None, end: float | None, style: str, run: float, horizon: Horizon
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     if style not in WD_STYLES:
         raise one_of("weight_decay_incr_style", style, WD_STYLES)
@@ -176,5 +185,5 @@ def _weight_decay(
         raise ConfigError(
             f"start_weight_decay={start!r}, end_weight_decay={end!r}: legal are both, rising from 0 or more"
         )
-    curve, peak = bound([ramp(style, horizon.length, start, end)], horizon, "megatron weight decay", peak=end)
+    curve, peak = bound([ramp(style, run, start, end)], horizon, "megatron weight decay", peak=end)
     return {"weight_decay": curve}, {"weight_decay": (peak,)}

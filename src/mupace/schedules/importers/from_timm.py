@@ -285,7 +285,7 @@ def from_timm(name: str, *, base_lr: float, total: Span | str | Horizon | None =
     horizon, n = steps_horizon(_length(name, kw) if total is None else total, f"timm {name}")
     parts = RECIPES[name](float(base_lr), **kw)
     notes: tuple[str, ...] = ()
-    if _restarts_off_time(kw):
+    if _restarts_off_time(kw, n):
         notes = ("by rounding in timm a cycle restarts one step late; kept as a table to reproduce it",)
         parts = _rounded(name, float(base_lr), kw, n)
     curve, peak = bound(parts, horizon, f"timm {name}", peak=float(base_lr))
@@ -324,11 +324,13 @@ def _cycle_length(t_initial: int, mul: float, limit: int) -> float:
     return float(t_initial * limit if mul == 1 else t_initial * (mul**limit - 1) / (mul - 1))
 
 
-def _restarts_off_time(kw: Mapping[str, Any]) -> bool:
+def _restarts_off_time(kw: Mapping[str, Any], n: int) -> bool:
     """Whether the logarithm with which timm finds the cycle rounds a restart to the cycle before."""
     mul, first = kw.get("cycle_mul", 1.0), kw.get("t_initial", 1)
-    begins = [_cycle_length(first, mul, i) for i in range(1, kw.get("cycle_limit", 1))] if mul != 1 else []
-    return any(b == int(b) and _cycle_of(int(b), first, mul) != i for i, b in enumerate(begins, start=1))
+    if mul == 1:
+        return False
+    begins = [(i, _cycle_length(first, mul, i)) for i in range(1, min(kw.get("cycle_limit", 1), n))]
+    return any(b == int(b) and _cycle_of(int(b), first, mul) != i for i, b in begins if b <= n)
 
 
 def _cycle_of(t: int, first: int, mul: float) -> int:
@@ -344,7 +346,8 @@ def _rounded(name: str, base: float, kw: Mapping[str, Any], n: int) -> list[Part
     def value(t: int) -> float:
         i = _cycle_of(t, first, mul)
         top, length = base * kw.get("cycle_decay", 1.0) ** i, mul**i * first
-        return low if i >= limit else low + (top - low) * _unit(name, (t - _cycle_length(first, mul, i)) / length, one)
+        done = (t - _cycle_length(first, mul, i)) / length
+        return float(low if i >= limit else low + (top - low) * _unit(name, done, one))
 
     start = 0 if prefix else warm
     aim = value(warm) if name == "tanh" and warm and not prefix else base
@@ -359,4 +362,4 @@ def _unit(name: str, u: float, kw: Mapping[str, Any]) -> float:
         return 0.5 * (1.0 - math.tanh(low * (1.0 - u) + high * u))
     way: float = u ** kw.get("k_decay", 1.0)
     power: float = kw.get("power", 0.5)
-    return 0.5 * (1.0 + math.cos(math.pi * way)) if name == "cosine" else float((1.0 - way) ** power)
+    return 0.5 * (1.0 + math.cos(math.pi * way)) if name == "cosine" else float(pow(1.0 - way, power))

@@ -13,7 +13,7 @@ from typing import Any
 
 from mupace.errors import ConfigError, one_of
 from mupace.schedules.curve import Curve
-from mupace.schedules.importers.lambdas import lambda_parts
+from mupace.schedules.importers.lambdas import lambda_parts, scaled
 from mupace.schedules.importers.parts import Imported, Part, bound, fitted, long_note, steps_horizon
 from mupace.schedules.importers.stepped import copied_run
 from mupace.schedules.importers.torch_shapes import SHAPED, momentum_parts, multiplicative_parts, swa_parts
@@ -30,10 +30,11 @@ NAMES = ("LambdaLR", "MultiplicativeLR", *SHAPED, "SWALR", *_SAMPLED)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
-    """One group's curve in learning rates, and the learning rate that it is a factor of."""
+    """One group's curve, the value in it that is the peak, and the learning rate that 1 stands for."""
 
     parts: list[Part]
     peak: float
+    unit: float = 1.0
     sample: Sample = "start"
     notes: tuple[str, ...] = ()
 
@@ -65,7 +66,7 @@ def from_torch(scheduler: Any, *, total: Span | str | Horizon) -> Imported:
     return Imported(
         source=f"torch {name}",
         curves=tuple(curve for curve, _ in bounds),
-        peaks=tuple(peak for _, peak in bounds),
+        peaks=tuple(peak * f.unit for (_, peak), f in zip(bounds, found, strict=True)),
         fields=fields,
         field_peaks=field_peaks,
         notes=notes,
@@ -78,8 +79,8 @@ def _read(scheduler: Any, g: int, n: int) -> _Found:
         return _composite(scheduler, g, n)
     base = float(scheduler.base_lrs[g])
     if name == "LambdaLR":
-        parts, sample, notes = lambda_parts(scheduler.lr_lambdas[g], base, n)
-        return _Found(parts=parts, peak=base, sample=sample, notes=notes)
+        parts, sample, notes = lambda_parts(scheduler.lr_lambdas[g], n)
+        return _Found(parts=parts, peak=1.0, unit=base, sample=sample, notes=notes)
     if name == "MultiplicativeLR":
         return _Found(parts=multiplicative_parts(scheduler.lr_lambdas[g], base, n), peak=base)
     if name == "SWALR":
@@ -96,9 +97,9 @@ def _composite(scheduler: Any, g: int, n: int) -> _Found:
     if type(scheduler).__name__ == "SequentialLR" and all(_clean(s, g, base) for s in scheduler._schedulers):
         row = _row(scheduler, g, n)
         if all(f.sample == "start" for _, f in row):
-            parts = [part for length, f in row for part in _cut(f.parts, length)]
+            parts = [scaled(part, f.unit) for length, f in row for part in _cut(f.parts, length)]
             return _Found(
-                parts=parts, peak=max(f.peak for _, f in row), notes=tuple(x for _, f in row for x in f.notes)
+                parts=parts, peak=max(f.peak * f.unit for _, f in row), notes=tuple(x for _, f in row for x in f.notes)
             )
     values = copied_run(scheduler, n)[g]
     note = f"{type(scheduler).__name__}: a table of the values of a copy that was stepped"

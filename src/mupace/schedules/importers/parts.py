@@ -138,7 +138,7 @@ def bound(
     for part, n, stop in inside:
         phases.append(_phase(part, n, stop, unit, scale, jump=part.a != before))
         before = part.a if part.shape == "hold" else part.b if stop == n else None
-    return Schedule(phases=tuple(phases), start=inside[0][0].a / scale, sample=sample).bind(horizon), top
+    return Schedule(phases=tuple(phases), start=_neat(inside[0][0].a / scale), sample=sample).bind(horizon), top
 
 
 def _phase(part: Part, n: float, stop: float, unit: Unit, scale: float, jump: bool) -> Phase:
@@ -156,10 +156,16 @@ def _phase(part: Part, n: float, stop: float, unit: Unit, scale: float, jump: bo
         shape=part.shape,
         span=_span(n, unit),
         until=None if stop == n else _span(stop, unit),
-        begin=part.a / scale if jump and part.shape != "table" else None,
-        end=None if part.b is None else part.b / scale,
+        begin=_neat(part.a / scale) if jump and part.shape != "table" else None,
+        end=None if part.b is None else _neat(part.b / scale),
         args=tuple(args.items()),
     )
+
+
+def _neat(x: float) -> float:
+    """The short number that a division has missed by an ulp or two: 0.01 / 0.1 is written 0.1."""
+    short = float(f"{x:.12g}")
+    return short if abs(short - x) <= 4e-16 * abs(x) else x
 
 
 def _span(value: float, unit: Unit) -> Span:
@@ -179,12 +185,10 @@ def steps_horizon(total: Span | str | Horizon, source: str) -> tuple[Horizon, in
     Raises:
         ConfigError: a total in another unit.
     """
-    horizon = total if isinstance(total, Horizon) else Horizon(total=Span.parse(total, "total"))
-    if horizon.total.unit != "step" or horizon.length != int(horizon.length):
-        raise ConfigError(
-            f"total={str(horizon.total)!r}: {source} counts scheduler steps; legal is for instance '1000 steps'"
-        )
-    return horizon, int(horizon.length)
+    span = total.total if isinstance(total, Horizon) else Span.parse(total, "total")
+    if span.unit != "step" or span.value != int(span.value):
+        raise ConfigError(f"total={str(span)!r}: {source} counts scheduler steps; legal is for instance '1000 steps'")
+    return total if isinstance(total, Horizon) else Horizon(total=span), int(span.value)
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:

@@ -1,0 +1,256 @@
+"""From a config to the parts of a run: data, model, optimizers, pacer. Every user error is found here.
+
+prepare    RunConfig -> Parts, built and checked, nothing written
+describe   Parts     -> the row that opens a run's record
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mupace._version import __version__
+from mupace.errors import ConfigError
+from mupace.lanes import GroupSpec
+from mupace.optimizers import OPTIMIZERS
+from mupace.optimizers import optimizer as build_optimizers
+from mupace.pacer import Pacer
+from mupace.params import ParamTable, param_table
+from mupace.scales import Rule, freeze, freeze_parameters, groups, layer_decay, pace, scale, unfreeze
+from mupace.schedules import Curve
+from mupace.trainer.config import GroupsSection, RuleSection, RunConfig
+from mupace.trainer.data import Dataset
+from mupace.trainer.data import prepare as prepare_data
+from mupace.trainer.model import build, resolve
+from mupace.units import Horizon, Span
+
+PLAN_POINTS = 512  # points of the planned curve in the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All that a run is made of, built and checked, nothing written yet."""
+
+    config: RunConfig
+    data: Dataset
+    model: Any
+    table: ParamTable
+    optimizers: list[torch.optim.Optimizer]
+    pacer: Pacer
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """How often something is due: every so many updates, or every so many seconds of training."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str | None, horizon: Horizon, name: str) -> Interval:
+        """A length on the horizon of a run; None is never.
+
+        Raises:
+            ConfigError: a unit that the horizon cannot convert into updates.
+        """
+        if text is None:
+            return cls()
+        span = Span.parse(text, name)
+        if span.value == 0:
+            raise ConfigError(f"{name}={text!r}: legal is a positive length, or 'off'")
+        if span.unit == "second":
+            return cls(seconds=span.value)
+        if span.unit == "fraction" and horizon.steps is None:  # a run of "90 min": updates are not known beforehand
+            return cls(seconds=span.value * horizon.length)
+        try:
+            return cls(steps=max(1, round(horizon.convert(span, "step"))))
+        except ConfigError as error:
+            raise ConfigError(f"{name}={text!r}: {error}") from None
+
+    def due(self, step: int, before: float, after: float) -> bool:
+        """Whether it is due after update `step`, which took training from second `before` to second `after`."""
+        if self.seconds is not None:
+            return int(after / self.seconds) > int(before / self.seconds)
+        return self.steps is not None and step % self.steps == 0
+
+
+def intervals(config: RunConfig, horizon: Horizon) -> tuple[Interval, Interval]:
+    """How often to evaluate and how often to save."""
+    return (
+        Interval.parse(config.eval.every, horizon, "eval.every"),
+        Interval.parse(config.checkpoint.every, horizon, "checkpoint.every"),
+    )
+
+
+def prepare(config: RunConfig) -> Parts:
+    """Build the data, the model, the optimizer and the pacer of a config; every user error is found here.
+
+    Raises:
+        ConfigError, MatchError, DataError: one line each.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    device = _device(config.run.device)
+    if config.run.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError("run.tensorboard=true needs tensorboard: pip install 'mupace[trackers]'")
+    d, m = config.data, config.model
+    data = prepare_data(
+        d.text,
+        tokenizer=d.tokenizer,
+        seq_len=d.seq_len,
+        field=d.field,
+        valid_fraction=d.valid_fraction,
+        cache=None if d.cache is None else Path(d.cache),
+    )
+    curve = config.curve(len(data.train))
+    intervals(config, curve.horizon)
+    blueprint = resolve(
+        m.name,
+        m.config,
+        tokenizer=data.tokenizer,
+        seq_len=d.seq_len,
+        dtype=m.dtype,
+        attention=m.attention,
+        gradient_checkpointing=m.gradient_checkpointing,
+    )
+    model = build(blueprint, seed=config.run.seed).to(device)
+    model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and says so where it cannot
+    table, optimizers = optimizers_of(config, model)
+    pacer = Pacer(optimizers, curve, fields=config.schedule.fields, on_mismatch=config.run.on_mismatch)
+    return Parts(config=config, data=data, model=model, table=table, optimizers=optimizers, pacer=pacer, device=device)
+
+
+def optimizers_of(config: RunConfig, model: Any) -> tuple[ParamTable, list[torch.optim.Optimizer]]:
+    """The parameter table and the optimizers of a config; frozen tensors stop requiring gradients."""
+    o = config.optimizer
+    rules = rules_of(config.groups)
+    table = param_table(model, config.groups.roles)
+    made = groups(
+        table, rules, lr=o.lr, weight_decay=o.weight_decay, eps=base_eps(config), no_decay=config.groups.no_decay
+    )
+    freeze_parameters(model, rules)
+    options, rest = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()} for table in (o.options, o.rest)
+    )
+    try:
+        return table, build_optimizers(o.name, made, table=table, rest=rest, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # an optimizer checks its arguments in many ways; all of them are the user's words
+        raise ConfigError(f"optimizer.options={o.options}, rest={o.rest}: {str(error).splitlines()[0]}") from None
+
+
+def base_eps(config: RunConfig) -> float | None:
+    """The eps that rules scale: that of the optimizer which adds it to a second moment (for Muon, the rest's)."""
+    o = config.optimizer
+    spec = OPTIMIZERS.get(o.name)
+    return (o.rest if spec is not None and spec.eps is None else o.options).get("eps")
+
+
+def rules_of(section: GroupsSection) -> list[Rule]:
+    """The rules of a [groups] section."""
+    found = [] if section.layer_decay is None else [layer_decay(section.layer_decay)]
+    return found + [rule for row in section.rules for rule in _rules(row)]
+
+
+def _rules(row: RuleSection) -> Iterator[Rule]:
+    if row.freeze:
+        yield freeze(row.select)
+    if row.lr != 1 or row.weight_decay != 1 or row.eps != 1:
+        yield scale(row.select, lr=row.lr, weight_decay=row.weight_decay, eps=row.eps)
+    if row.schedule is not None or row.floor is not None:
+        yield pace(row.select, schedule=row.schedule, floor=row.floor)
+    if row.unfreeze is not None:
+        yield unfreeze(row.select, at=row.unfreeze)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"run.device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def describe(parts: Parts) -> dict[str, Any]:
+    """What a run is, for its record: versions, sizes, groups, and the planned curve."""
+    c, curve, pacer = parts.config, parts.pacer.curve, parts.pacer
+    samples = c.batch.micro * c.batch.accumulate
+    return {
+        "schema": 1,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "mupace": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(parts.device),
+        "threads": torch.get_num_threads(),
+        "config": c.to_dict(),
+        "model": type(parts.model).__name__,
+        "parameters": sum(p.numel() for p in parts.model.parameters()),
+        "tokens_per_step": samples * c.data.seq_len,
+        "text": {"sha256": parts.data.sha256, "documents": parts.data.documents, "bytes": parts.data.n_bytes},
+        "text_sha256": parts.data.sha256,
+        "tokenizer": parts.data.tokenizer.name,
+        "groups": list(_described_groups(parts)),
+        "schedule": str(curve.schedule),
+        "sample": curve.sample,
+        "floor": curve.floor,
+        "clip": c.clip.norm,
+        "total": str(curve.horizon.total),
+        **plan_of(pacer.curve),
+    }
+
+
+def plan_of(curve: Curve) -> dict[str, Any]:
+    """A plan for the record: its updates, edges, points on it, and the whole of it as a value."""
+    steps = curve.horizon.steps
+    if steps is None:  # a run of "90 min": no update has a planned position
+        return {"steps": None, "planned": {"step": [], "factor": []}, "edges": [], "curve": curve.to_dict()}
+    points = _points(steps)
+    return {
+        "steps": steps,
+        "planned": {"step": points.tolist(), "factor": curve(points).tolist()},
+        "edges": [list(edge) for edge in curve.edges()],
+        "curve": curve.to_dict(),
+    }
+
+
+def _points(steps: int) -> Any:
+    return np.linspace(0, steps, PLAN_POINTS) if steps >= PLAN_POINTS else np.arange(steps + 1, dtype=float)
+
+
+def _described_groups(parts: Parts) -> Iterator[dict[str, Any]]:
+    rows = (g for o in parts.optimizers for g in o.param_groups)
+    for spec, group in zip(parts.pacer.groups, rows, strict=True):
+        yield {
+            "name": spec.name,
+            "lr": spec.base["lr"],
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+            "tensors": len(group["params"]),
+            "parameters": sum(p.numel() for p in group["params"]),
+            "floor": spec.floor,
+            "schedule": spec.schedule,
+            "unfreeze": spec.unfreeze,
+            **_own_plan(spec, parts.pacer.curve),
+        }
+
+
+def _own_plan(spec: GroupSpec, curve: Curve) -> dict[str, Any]:
+    """The factors of a group whose curve is not the run's."""
+    if curve.horizon.steps is None or (spec.schedule is None and spec.unfreeze is None):
+        return {}
+    points = _points(curve.horizon.steps)
+    factors = np.prod([c(points) for c in spec.lane(curve)], axis=0)
+    return {"planned": {"step": points.tolist(), "factor": factors.tolist()}}

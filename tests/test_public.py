@@ -1,0 +1,109 @@
+"""The public surface: pinned names, documented, and the README's own lines run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import mupace
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+NAMES = [
+    "CheckpointError",
+    "Clock",
+    "ConfigError",
+    "Curve",
+    "DataError",
+    "Horizon",
+    "MatchError",
+    "MupaceError",
+    "MupaceWarning",
+    "Pacer",
+    "ParamTable",
+    "Phase",
+    "Rule",
+    "Schedule",
+    "Span",
+    "StateError",
+    "__version__",
+    "freeze",
+    "freeze_parameters",
+    "groups",
+    "layer_decay",
+    "no_decay",
+    "optimizer",
+    "pace",
+    "param_table",
+    "preflight",
+    "role_policy",
+    "scale",
+    "schedule",
+    "unfreeze",
+]
+
+
+def test_public_names_are_pinned() -> None:
+    """A name that appears or goes is a decision: change this list and the changelog together."""
+    assert sorted(mupace.__all__) == mupace.__all__ == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "__version__"])
+def test_public_names_resolve_and_are_documented(name: str) -> None:
+    found = getattr(mupace, name)
+    assert found.__module__.startswith("mupace.")
+    assert found.__doc__
+    assert not found.__doc__.startswith(f"{name}("), "a dataclass's generated docstring says nothing"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="paceer"):
+        mupace.paceer  # noqa: B018
+
+
+def test_version_is_in_the_changelog() -> None:
+    assert f"## [{mupace.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_runs() -> None:
+    """The README's Python, on a real model: the names it leaves to the reader are given."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    import torch
+
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(3, 32, (2, 8))
+    scope = {"model": model, "loss": model(input_ids=ids, labels=ids).loss}
+    exec(code, scope)
+    assert scope["pacer"].clock.step == 1
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
+    site = tomllib.loads((ROOT / "zensical.toml").read_text())
+    pages = {page for entry in site["project"]["nav"] for page in entry.values()}
+    assert pages == {p.name for p in (ROOT / "docs").glob("*.md")}
+    for page in [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_project_refers_to_nothing_outside() -> None:
+    """What the project needs, it contains."""
+    outside = re.compile(r"(/work/|\.\./shared|\.library)")
+    files = [p for folder in ("src", "tests", "docs", "benchmarks", "examples") for p in (ROOT / folder).rglob("*")]
+    for file in [*files, *ROOT.glob("*.md"), ROOT / "Makefile"]:
+        if file.is_file() and file.suffix in {".py", ".md", ".toml", ".json", ""} and file != Path(__file__):
+            assert not outside.search(file.read_text(encoding="utf-8")), file
