@@ -133,11 +133,12 @@ def _plain(number: Decimal) -> float:
 
 def _short(value: float) -> str:
     """1500000000 -> 1.5B where that is exact and short, else the number in full."""
+    whole = value >= 2**53  # there a float's short form would be another whole number
+    exact = Decimal(int(value)) if whole else Decimal(repr(value))
     for suffix, power in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
-        scaled = value / power
-        if value >= power and scaled == round(scaled, 2) and Decimal(repr(scaled)) * power == Decimal(repr(value)):
-            return f"{scaled:g}{suffix}"
-    return repr(value) if value < 2**53 else str(int(value))  # a float's short form is another whole number there
+        if exact >= power and exact / power == round(exact / power, 2):
+            return f"{(exact / power).normalize():f}{suffix}"
+    return str(int(value)) if whole else repr(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -214,23 +214,21 @@ def lightning_fit(
     trainer = L.Trainer(
         default_root_dir=directory, max_epochs=epochs, accelerator="cpu", devices=1, accumulate_grad_batches=2,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        logger=CSVLogger(directory), callbacks=[monitor, ModelCheckpoint(directory, save_last=True)],
+        logger=CSVLogger(directory / "logs"), callbacks=[monitor, ModelCheckpoint(directory / "saved", save_last=True)],
     )  # fmt: skip
     data = DataLoader(TensorDataset(X[:40]), batch_size=4)  # 10 micro-batches: 5 updates an epoch
     trainer.fit(module, data, ckpt_path=resume)
     return module, trainer, monitor
 
 
-LIGHTNING_WARNS: list[Any] = []
+lightning_warns = pytest.mark.filterwarnings(
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",
+    r"ignore:The .*dataloader.* does not have many workers",
+    r"ignore:Checkpoint directory .* exists and is not empty",
+)
 
 
-def marked(function: Any) -> Any:
-    for mark in LIGHTNING_WARNS:
-        function = mark(function)
-    return function
-
-
-@marked
+@lightning_warns
 def test_lightning(tmp_path: Path) -> None:
     module, trainer, monitor = lightning_fit(tmp_path / "whole", 2)
     assert [list(r) for r in zip(*module.rates, strict=True)] == list(expected())
@@ -238,13 +236,13 @@ def test_lightning(tmp_path: Path) -> None:
     assert sorted(monitor.lrs) == ["lr-AdamW/a", "lr-AdamW/b"]
     half, _, _ = lightning_fit(tmp_path / "half", 1)
     assert half.rates == module.rates[:5]
-    again, _, _ = lightning_fit(tmp_path / "half", 2, resume=tmp_path / "half" / "last.ckpt")
+    again, _, _ = lightning_fit(tmp_path / "half", 2, resume=tmp_path / "half" / "saved" / "last.ckpt")
     assert again.rates == module.rates[5:]
     assert again.pacer.last_epoch == 10
     assert torch.equal(weights(again.model), weights(module.model))
 
 
-@marked
+@lightning_warns
 def test_lightning_by_its_default_interval_steps_once_an_epoch(tmp_path: Path) -> None:
     module, _, _ = lightning_fit(tmp_path, 2, interval="epoch")
     assert module.pacer.last_epoch == 2  # why the documentation says interval="step"

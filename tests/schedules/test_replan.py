@@ -204,6 +204,14 @@ def test_a_decay_entered_late_is_not_entered_late_again() -> None:
     assert_follows(old, new, 800)
 
 
+def test_at_the_very_update_of_a_jump() -> None:
+    """The curve stands where the new phase begins, not where the one before ended."""
+    old = schedule("2x(cosine 500 steps from 1 -> 0)", total="1000 steps")
+    for new in (retotal(old, "1500 steps", 500, "redecay"), branch(old, 500, "100 steps")):
+        assert_follows(old, new, 500)
+        assert new(500) == 1.0
+
+
 @settings(deadline=None)
 @given(random_schedules(), st.integers(0, 1100), st.integers(1, 900), st.sampled_from(["hold", "redecay"]))
 def test_any_schedule_at_any_update(s: Schedule, at: int, more: int, rule: Any) -> None:
@@ -213,7 +221,8 @@ def test_any_schedule_at_any_update(s: Schedule, at: int, more: int, rule: Any) 
         new = retotal(old, total, at, rule)
     except ConfigError:  # each reason has its own test below
         return
-    said = any(p.phase.begin is not None or p.phase.shape == "table" for p in new.pieces if p.x == at)
+    written = [*new.pieces, *old.pieces] if rule == "hold" else new.pieces  # hold puts a jump off that would come now
+    said = any(p.phase.begin is not None or p.phase.shape == "table" for p in written if p.x == at)
     assert_follows(old, new, at, jump=said)
     try:
         third = retotal(new, f"{at + more + 100} steps", at + more // 2, rule)

@@ -96,24 +96,7 @@ def preflight(
     >>> report.failed, report["total"].evidence
     (('total',), 'the loop makes: 200 updates; the curve: 100 updates')
     """
-    subject = from_loop(
-        optimizer,
-        scheduler,
-        model=model,
-        total=total,
-        updates=updates,
-        accumulate=accumulate,
-        samples_per_step=samples_per_step,
-        tokens_per_sample=tokens_per_sample,
-        calls_per_update=calls_per_update,
-        peak=peak,
-        floor=floor,
-        stage=stage,
-        scaler=scaler,
-        logged=logged,
-        resume=resume,
-    )
-    return _report(subject)
+    return _report(from_loop(**locals()))
 
 
 def _report(subject: Subject) -> Report:

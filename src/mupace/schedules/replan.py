@@ -8,6 +8,8 @@ after follows an explicit rule. Nothing jumps except under "stretch", whose name
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -51,14 +53,15 @@ def retotal(curve: Curve, total: Span | str, at: int, rule: Rule) -> Curve:
         _refuse_redecay(last)
         return _rebuilt(
             curve,
-            [*_travelled(curve, curve.pieces, now), _again(curve, last, horizon.length - now)],
+            [*_travelled(curve, curve.pieces, now), _again(curve, last, now, horizon.length - now)],
             horizon.total,
         )
     begin = horizon.length - last.stop
     _refuse_hold(curve, now, begin, last)
-    return _rebuilt(
-        curve, [*_travelled(curve, curve.pieces[:-1], begin), _absolute(curve, last, last.stop)], horizon.total
-    )
+    tail = _absolute(curve, last, last.stop)
+    if begin == now and tail.begin is None and tail.first_value is None:
+        tail = replace(tail, begin=_jump(curve, now))
+    return _rebuilt(curve, [*_travelled(curve, curve.pieces[:-1], begin), tail], horizon.total)
 
 
 def branch(
@@ -89,7 +92,7 @@ def branch(
     stop = curve.horizon.advance(now, span)
     phases = [
         *_travelled(curve, curve.pieces, now),
-        Phase(shape=shape, span=_axis_span(curve, stop - now), end=end),
+        Phase(shape=shape, span=_axis_span(curve, stop - now), end=end, begin=_jump(curve, now)),
     ]
     return _same_before(curve, _rebuilt(curve, phases, _axis_span(curve, stop)), now)
 
@@ -185,11 +188,20 @@ def _absolute(curve: Curve, piece: Piece, stop: float) -> Phase:
     )
 
 
-def _again(curve: Curve, last: Piece, n: float) -> Phase:
+def _jump(curve: Curve, now: float) -> float | None:
+    """The value of a phase that begins exactly at `now` with a jump; None where the curve comes to `now` unbroken."""
+    for before, piece in pairwise(curve.pieces):
+        value = float(piece.value(0.0))
+        if piece.x == now and abs(value - before.last) > 1e-12:
+            return value
+    return None
+
+
+def _again(curve: Curve, last: Piece, now: float, n: float) -> Phase:
     """The last phase's shape once more, from where the curve stands, over `n` axis units."""
     phase = _absolute(curve, last, last.n)
     args = tuple((k, v) for k, v in phase.args if k != "skip")  # what was travelled before it is not travelled again
-    return Phase(shape=phase.shape, span=_axis_span(curve, n), end=phase.end, args=args)
+    return Phase(shape=phase.shape, span=_axis_span(curve, n), end=phase.end, begin=_jump(curve, now), args=args)
 
 
 def _rebuilt(curve: Curve, phases: list[Phase], total: Span) -> Curve:

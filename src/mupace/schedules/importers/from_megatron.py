@@ -144,13 +144,13 @@ def _parts(plan: _Plan, style: str, wsd_style: str) -> list[Part]:
 
 
 def _inverse_sqrt(plan: _Plan) -> list[Part]:
-    """top · √(W/n) down to min_lr, up to and including the decay's last sample; W and n count as 1 where they are 0."""
-    first = [] if plan.warmup else [hold(plan.top, 1.0)]
+    """top · √(W/n) down to min_lr, up to and including the decay's last sample; W and n count as at least 1."""
+    first = hold(plan.top, max(0.0, 1.0 - plan.warmup))
     scale = max(plan.warmup, 1.0)
     length = plan.decay - scale + 1.0
     reach = scale * ((plan.top / plan.low) ** 2 - 1.0) if plan.low else length
     fall = Part(shape="inv_sqrt", n=min(length, reach), a=plan.top, args={"scale": scale})
-    return [*first, fall]
+    return [first, fall]
 
 
 def _wsd(plan: _Plan, style: str) -> list[Part]:
