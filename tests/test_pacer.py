@@ -543,6 +543,7 @@ class TestGroups:
             ({"unfreeze": 5}, "group 'x': unfreeze=5 has no unit"),
             ({"floor": "a"}, "group 'x': floor='a'"),
             ({"lr": -1.0}, "group 'x': lr=-1.0"),
+            ({"lr": None}, "group 'x': lr=None"),
             ({"lr": float("nan")}, "group 'x': lr=nan"),
         ):
             with pytest.raises(ConfigError, match=words) as caught:
@@ -719,14 +720,14 @@ class TestMeasuredClock:
         pacer = Pacer(sgd(), curve)
         assert pacer.get_last_lr() == [0.1]
         rates = []
-        for _ in range(12):
+        while pacer.clock.second < 0.4:
             time.sleep(0.05)
             update(pacer.optimizer)
             pacer.step()
             rates.append(pacer.get_last_lr()[0])
             assert rates[-1] == pytest.approx(0.1 * max(0.0, 1 - pacer.clock.second / 0.4))
         assert rates == sorted(rates, reverse=True)
-        assert 0 < rates[0] < 0.09
+        assert rates[0] < 0.09
         assert rates[-1] == 0
         again = Pacer(sgd(), curve)
         again.load_state_dict(json.loads(json.dumps(pacer.state_dict())))

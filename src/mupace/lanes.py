@@ -80,6 +80,8 @@ class GroupSpec:
         """
         name = str(group.get("name", f"group{index}"))
         try:
+            if not has_field(group, "lr"):
+                raise ConfigError(f"lr={group.get('lr')!r}; legal is a number, 0 or more")
             base = {f: base_of(group, f) for f in ("lr", *fields) if has_field(group, f)}
             for field, value in base.items():
                 if not math.isfinite(value) or (field == "lr" and value < 0):

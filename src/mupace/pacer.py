@@ -457,7 +457,7 @@ class Pacer(LRScheduler):
         if sum(len(o.param_groups) for o in self.optimizers) < len(self._specs):
             return  # the optimizer is being rebuilt: its own load follows, and calls this again
         for group, spec in zip(self._groups(), self._specs, strict=False):
-            if str(group.get("name", spec.name)) != spec.name:
+            if group.get("name", spec.name) != spec.name and group["name"] in self.names:
                 raise StateError(
                     f"the loaded optimizer state has group {group['name']!r} where group {spec.name!r} is: its groups "
                     "are in another order; legal is the order in which they were saved"

@@ -281,7 +281,7 @@ def test_a_real_command_killed_and_started_again(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(Path(mupace.pacer.__file__).read_text())
     lines = [
         f"[{name}]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in s.items())
-        for name, s in config(100, checkpoint={"every": "10 steps"}).items()
+        for name, s in config(40, checkpoint={"every": "5 steps"}).items()
     ]
     (tmp_path / "run.toml").write_text("\n".join(lines))
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -291,7 +291,7 @@ def test_a_real_command_killed_and_started_again(tmp_path: Path) -> None:
 
     process = subprocess.Popen(command("killed"), cwd=tmp_path, env=env)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "step-00000020").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "killed" / "step-00000010").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
