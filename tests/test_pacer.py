@@ -429,6 +429,11 @@ class TestAppliedUpdates:
         pacer.load_state_dict(pacer.state_dict())
         pacer.step()
         assert pacer.last_epoch == 0
+        state = copy.deepcopy(pacer.optimizer.state_dict())
+        update(pacer.optimizer)
+        pacer.optimizer.load_state_dict(state)  # rolled back
+        pacer.step()
+        assert pacer.last_epoch == 0
 
     def test_it_says_so_when_nothing_moves_and_when_too_much_does(self) -> None:
         pacer = Pacer(sgd(), CURVE)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import SOURCE, TINY
 
 from mupace.record import read
 from mupace.trainer import checkpoint
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
@@ -105,7 +105,7 @@ def lives(config, directory, spent):
         while not (ended := not running(child)) and size(record) == before:
             time.sleep(0.001)  # until it has written its first row
         if killed < kills and not ended:
-            wait = time.monotonic() + spent * pick.random() * 0.5
+            wait = time.monotonic() + spent * pick.random() * 2 / kills
             while not (ended := not running(child)) and time.monotonic() < wait:
                 if killed % 2 and any(directory.glob(".tmp-step-*")):
                     time.sleep(0.003 * pick.random())
@@ -152,11 +152,8 @@ print(json.dumps(result))
 
 
 def drive(folder: Path, cases: dict[str, dict[str, Any]], kills: int, seed: int) -> dict[str, Any]:
-    import mupace.pacer
-
-    source = Path(mupace.pacer.__file__).read_text()
-    (folder / "text.txt").write_text(source)
-    (folder / "short.txt").write_text(source[:500])
+    (folder / "text.txt").write_text(SOURCE)
+    (folder / "short.txt").write_text(SOURCE[:500])
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error"}
     command = [sys.executable, "-c", DRIVER, json.dumps(cases), str(kills), str(seed)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False, timeout=1000)
@@ -227,13 +224,16 @@ def same_run(whole: Path, other: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_is_uninterrupted(driven: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, result = driven
-    assert result[name]["killed"] >= 2
-    assert read(folder / name / "killed").superseded > 0  # updates were really lost and done again
+    assert result[name]["killed"] >= 1
     same_run(folder / name / "whole", folder / name / "killed")
 
 
-def test_some_kills_were_inside_a_checkpoint(driven: tuple[Path, dict[str, Any]]) -> None:
-    assert sum(r["inside"] for r in driven[1].values()) >= 3
+def test_the_kills_hit(driven: tuple[Path, dict[str, Any]]) -> None:
+    """Several in one run, some inside the writing of a checkpoint, and updates were lost and done again."""
+    folder, result = driven
+    assert max(r["killed"] for r in result.values()) >= 3
+    assert sum(r["inside"] for r in result.values()) >= 3
+    assert sum(read(folder / name / "killed").superseded for name in CASES) > 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -276,9 +276,7 @@ def test_the_comparison_sees_a_difference(driven: tuple[Path, dict[str, Any]]) -
 
 def test_a_real_command_killed_and_started_again(tmp_path: Path) -> None:
     """The same through `python -m mupace train`, whose processes share nothing."""
-    import mupace.pacer
-
-    (tmp_path / "text.txt").write_text(Path(mupace.pacer.__file__).read_text())
+    (tmp_path / "text.txt").write_text(SOURCE)
     lines = [
         f"[{name}]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in s.items())
         for name, s in config(40, checkpoint={"every": "5 steps"}).items()
