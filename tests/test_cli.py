@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from disks import small_file_system
 from mupace.cli import COMMANDS, run
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 120
@@ -267,6 +268,31 @@ def test_errors_reach_the_shell(place: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("mupace: error: phase 'warmup 100'")
     assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(place / "run.toml")
+    assert call(capsys, "train", config, "--out", "run", "--quiet")[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    (place / "other.txt").write_text(TEXT[::-1])
+    others = {
+        "model.config.hidden_size=32": "model.config",
+        "batch.micro=8": "batch.micro",
+        "schedule.text=warmup 25% | linear -> 0": "schedule",
+        f"data.text={place / 'other.txt'}": "another text",
+    }
+    for change, hint in others.items():
+        code, _, err = call(capsys, "train", config, "--out", "run", "--set", change)
+        assert (code, err.count("\n"), hint in err) == (2, 1, True), err
+    assert before == {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}, "nothing is written"
+
+
+def test_a_full_disk_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_file_system(place / "disk", "100k") as disk:
+        code, _, err = call(capsys, "train", str(place / "run.toml"), "--out", str(disk / "run"))
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "No space left" in err
+        assert not list((disk / "run").glob("step-*")), "no checkpoint, or a whole one"
 
 
 @pytest.mark.slow

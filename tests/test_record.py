@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from disks import small_file_system
 from mupace.errors import ConfigError, MupaceWarning, StateError
 from mupace.record import Record, TensorBoardSink, read, record_file
 
@@ -164,13 +165,8 @@ while True:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)]).returncode:
-        pytest.skip("mounting a tmpfs needs root: the size-limit test covers a short write without it")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with small_file_system(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def fill(record: Record) -> None:

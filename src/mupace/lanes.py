@@ -24,7 +24,7 @@ from mupace.updates import warn
 Lane: TypeAlias = "tuple[Curve, ...]"
 Group: TypeAlias = "dict[str, Any]"
 Where: TypeAlias = "Callable[[Curve], float]"  # a curve -> the axis position whose value the next update is given
-BLOCK = 512  # updates evaluated at a time
+BLOCK = 1024  # updates evaluated at a time
 OWN = ("schedule", "floor", "unfreeze", "rewarm")  # keys that a param group may carry for itself
 
 

@@ -47,6 +47,8 @@ class Writer:
             for i, (peak, lane) in enumerate(zip(self._peaks, self._lane_of, strict=True))
             if i not in self.tensors.views
         ]
+        self._in_tensors = bool(self.tensors.views)
+        self._one_lane = len(set(self._lane_of)) == 1 and not self._in_tensors
         self._others = [
             (i, name, spec.base[name], self.lanes.index((c,)), self._keep(groups[i], i, name))
             for i, spec in enumerate(specs)
@@ -66,21 +68,27 @@ class Writer:
 
     def write(self, groups: Sequence[Group], update: int, where: Where | None) -> None:
         """Write the rates of `update`; `where` gives its place on an axis where the clock is measured, else None."""
-        row = update - self.lanes.first
+        lanes = self.lanes
+        row = update - lanes.first
         if where is not None:
-            factors, row = self.lanes.at(where), 0
-            if self.tensors:
+            factors, row = lanes.at(where), 0
+            if self._in_tensors:
                 self.tensors.fill(self._table(np.array([factors])))
         else:
-            if not 0 <= row < len(self.lanes.rows):
-                block, row = self.lanes.fill(update), 0
-                if self.tensors:
+            if not 0 <= row < len(lanes.rows):
+                block, row = lanes.fill(update), 0
+                if self._in_tensors:
                     self.tensors.fill(self._table(block))
-            factors = self.lanes.rows[row]
-        if self.tensors:
+            factors = lanes.rows[row]
+        if self._in_tensors:
             self.tensors.write(row)
-        for i, peak, lane in self._floats:
-            groups[i]["lr"] = peak * factors[lane]
+        if self._one_lane:
+            factor = factors[self._lane_of[0]]
+            for group, peak in zip(groups, self._peaks):  # noqa: B905  # strict costs a tenth of the whole step
+                group["lr"] = peak * factor
+        else:
+            for i, peak, lane in self._floats:
+                groups[i]["lr"] = peak * factors[lane]
         for i, name, base, lane, tensor in self._others:
             if tensor is None:
                 put_field(groups[i], name, base * factors[lane])

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from disks import small_file_system
 from mupace.errors import CheckpointError
 from mupace.trainer import checkpoint
 from mupace.trainer.model import build, resolve
@@ -374,16 +374,8 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint(tmp_path: Path, limit
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=1400k", "tmpfs", disk], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no tmpfs here: {made.stderr!r}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with small_file_system(tmp_path / "disk", "1400k") as disk:
+        yield disk
 
 
 def test_a_full_disk(small_disk: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from runs import SOURCE, TINY, Crashed, config, crash_at, here, listing, overflow, run, weights  # noqa: F401
 
+from disks import small_file_system
 from mupace.errors import CheckpointError, ConfigError, StateError
 from mupace.pacer import Pacer
 from mupace.record import read
@@ -191,16 +191,8 @@ def test_on_mismatch_says_whose_plan_is_followed(whose: str) -> None:
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    disk = Path("disk").absolute()
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no tmpfs here: {made.stderr!r}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with small_file_system(Path("disk").absolute(), "1m") as disk:
+        yield disk
 
 
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(small_disk: Path) -> None:

@@ -114,20 +114,23 @@ def _explain(result: Result, page: Path, config: Path) -> None:
     import numpy as np
 
     from mupace.record import read
+    from mupace.report.plan import traces
 
     run = read(result.directory)
     losses = run.updates["loss"]
     taken = np.stack(list(run.lr.values()))
+    worst = max(t.deviation or 0.0 for t in traces(run))
+    resumed = "" if result.resumed_at is None else f"; killed, and resumed at update {result.resumed_at}"
     bits, tokens = result.bits_per_byte or float("nan"), int(run.updates["token"][-1])
     print(
         f"""
 4. What happened
 
-   {result.steps} updates, {tokens:,} tokens in {result.seconds:.0f} s of training; resumed at update {result.resumed_at}.
+   {result.steps} updates on {tokens:,} tokens, {result.seconds:.0f} s of training{resumed}.
    loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.
    validation: {bits:.3f} bits per byte on text the model has not seen (8 is a uniform guess; zlib needs about 2).
-   learning rate: {taken.max():.4g} at the peak, {taken[:, -1].max():.2g} in the last update. The record has every update's rate;
-   the report draws it over the plan, and the kill and the resume leave no trace in it.
+   learning rate: {taken.max():.4g} at the peak, {taken[:, -1].max():.2g} in the last update. The rates taken differ
+   from the plan by at most {worst:.1g} of the peak, the kill and the resume included.
 
    report:     {page}
    record:     {result.directory / RECORD}   (one JSON object a line)

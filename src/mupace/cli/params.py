@@ -50,13 +50,11 @@ def params(
     print(table if select is None else table.select(select))
     if groups:
         from mupace.scales import groups as make
-        from mupace.trainer.loop import rules_of
+        from mupace.trainer.parts import base_eps, rules_of
 
         o, g = config.optimizer, config.groups
         print()
-        made = make(
-            table, rules_of(g), lr=o.lr, weight_decay=o.weight_decay, eps=o.options.get("eps"), no_decay=g.no_decay
-        )
+        made = make(table, rules_of(g), lr=o.lr, weight_decay=o.weight_decay, eps=base_eps(config), no_decay=g.no_decay)
         print(_show(made))
 
 

@@ -116,6 +116,8 @@ def split(corpus: Corpus, fraction: float = VALID_FRACTION) -> tuple[Corpus, Cor
     if not 0 < fraction <= 0.5:
         raise DataError(f"valid_fraction={fraction} must be above 0 and at most 0.5")
     goal = max(int(corpus.n_bytes * fraction), min(VALID_BYTES, corpus.n_bytes // 10))
+    if goal == 0:
+        raise DataError(f"data={corpus.source!r} is too short: {corpus.n_bytes} bytes of text, nothing can be held out")
     held = _held_out(corpus.documents, goal)
     if not held:
         return _cut_longest(corpus, goal)

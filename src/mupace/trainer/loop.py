@@ -31,7 +31,7 @@ from mupace.trainer import checkpoint
 from mupace.trainer.config import RunConfig
 from mupace.trainer.data import Sampler
 from mupace.trainer.model import evaluating, generate_text
-from mupace.trainer.parts import Parts, describe, intervals, optimizers_of, plan_of, prepare, rules_of
+from mupace.trainer.parts import Parts, changed_plan, describe, intervals, optimizers_of, prepare, rules_of
 
 __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
 
@@ -344,7 +344,7 @@ class Trainer:
         """Record and save a plan that was changed at this resume, so that a kill cannot undo the change."""
         new = self.pacer.journal[self.journaled :]
         for row in new:
-            record.write("replan", **row, **(plan_of(self.pacer.curve) if row is new[-1] else {}))
+            record.write("replan", **row, **(changed_plan(self.pacer) if row is new[-1] else {}))
             self.progress({"message": f"plan changed by {row['rule']}: {self.pacer.curve.schedule}"})
         if new:
             self._save(record)

@@ -1,7 +1,8 @@
 """From a config to the parts of a run: data, model, optimizers, pacer. Every user error is found here.
 
-prepare    RunConfig -> Parts, built and checked, nothing written
-describe   Parts     -> the row that opens a run's record
+prepare        RunConfig -> Parts, built and checked, nothing written
+describe       Parts     -> the row that opens a run's record
+changed_plan   Pacer     -> what a row about a changed plan says of it
 """
 
 from __future__ import annotations
@@ -213,6 +214,12 @@ def describe(parts: Parts) -> dict[str, Any]:
     }
 
 
+def changed_plan(pacer: Pacer) -> dict[str, Any]:
+    """A plan that was changed while running, for the record: the run's, and those of groups with their own."""
+    lanes = {spec.name: lane_of(spec, pacer.curve).get("lane") for spec in pacer.groups}
+    return plan_of(pacer.curve) | {"lanes": {name: lane for name, lane in lanes.items() if lane is not None}}
+
+
 def plan_of(curve: Curve) -> dict[str, Any]:
     """A plan for the record: its updates, edges, points on it, and the whole of it as a value."""
     steps = curve.horizon.steps
@@ -243,14 +250,11 @@ def _described_groups(parts: Parts) -> Iterator[dict[str, Any]]:
             "floor": spec.floor,
             "schedule": spec.schedule,
             "unfreeze": spec.unfreeze,
-            **_own_plan(spec, parts.pacer.curve),
+            **lane_of(spec, parts.pacer.curve),
         }
 
 
-def _own_plan(spec: GroupSpec, curve: Curve) -> dict[str, Any]:
-    """The factors of a group whose curve is not the run's."""
-    if curve.horizon.steps is None or (spec.schedule is None and spec.unfreeze is None):
-        return {}
-    points = _points(curve.horizon.steps)
-    factors = np.prod([c(points) for c in spec.lane(curve)], axis=0)
-    return {"planned": {"step": points.tolist(), "factor": factors.tolist()}}
+def lane_of(spec: GroupSpec, curve: Curve) -> dict[str, Any]:
+    """The curves of a group that does not follow the run's; their product is its factor."""
+    own = curve.horizon.steps is not None and (spec.own is not None or spec.gate is not None)
+    return {"lane": [c.to_dict() for c in spec.lane(curve)]} if own else {}
