@@ -34,11 +34,11 @@ def main() -> int:
         missed += bound is not None and took >= bound
         verdict = "" if bound is None else f"   bound {bound} s: {'met' if took < bound else 'MISSED'}"
         print(f"{took:.3f} s   {name}{verdict}")
-    code = f"import sys, mupace; mupace.schedule('hold', total='9 steps')(1); print([m for m in {HEAVY} if m in sys.modules])"
+    use = "import sys, mupace; mupace.schedule('hold', total='9 steps')(1)"
+    code = f"{use}; print([m for m in {HEAVY} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    print(
-        f"heavy modules after `import mupace` and one evaluation: {loaded}   bound []: {'met' if loaded == '[]' else 'MISSED'}"
-    )
+    verdict = "met" if loaded == "[]" else "MISSED"
+    print(f"heavy modules after `import mupace` and one evaluation: {loaded}   bound []: {verdict}")
     return 1 if missed or loaded != "[]" else 0
 
 

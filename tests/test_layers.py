@@ -15,8 +15,8 @@ SRC = Path(mupace.__file__).parent
 LAYERS = (
     ("errors", "units", "_version"),
     ("schedules", "params", "scales"),
-    ("record", "optimizers", "gradients", "ranks", "updates"),
-    ("lanes", "writer", "restore", "arguments", "changes", "pacer"),
+    ("record", "optimizers", "gradients"),
+    ("pacer",),
     ("report", "trainer", "checks"),
     ("integrations", "cli", "__init__", "__main__"),
 )

@@ -395,6 +395,8 @@ def test_the_header_is_enough_to_draw_the_plan() -> None:
     h = record.header
     assert Curve.from_dict(h["curve"]) == prepare(c).pacer.curve
     np.testing.assert_array_equal(h["planned"]["factor"], c.curve(None)(np.array(h["planned"]["step"])))
-    own = [g for g in h["groups"] if "planned" in g]
+    own = {g["name"]: g["lane"] for g in h["groups"] if "lane" in g}
+    lanes = {spec.name: spec.lane(prepare(c).pacer.curve) for spec in prepare(c).pacer.groups}
     assert len(own) == 2
+    assert {name: tuple(map(Curve.from_dict, lane)) for name, lane in own.items()} == {n: lanes[n] for n in own}
     assert json.dumps(h)

@@ -20,10 +20,10 @@ import torch
 
 from mupace._version import __version__
 from mupace.errors import ConfigError
-from mupace.lanes import GroupSpec
 from mupace.optimizers import OPTIMIZERS
 from mupace.optimizers import optimizer as build_optimizers
 from mupace.pacer import Pacer
+from mupace.pacer.lanes import GroupSpec
 from mupace.params import ParamTable, param_table
 from mupace.scales import Rule, freeze, freeze_parameters, groups, layer_decay, pace, scale, unfreeze
 from mupace.schedules import Curve

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from mupace.errors import ConfigError
+from mupace.pacer.updates import warn
 from mupace.schedules import Curve, Phase, Schedule, sampled
 from mupace.units import Array, Horizon, Span
-from mupace.updates import warn
 
 Lane: TypeAlias = "tuple[Curve, ...]"
 Group: TypeAlias = "dict[str, Any]"

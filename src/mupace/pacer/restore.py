@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mupace.errors import StateError
-from mupace.lanes import OWN, GroupSpec
+from mupace.pacer.lanes import OWN, GroupSpec
 from mupace.schedules import Curve
 
 if TYPE_CHECKING:

@@ -12,19 +12,19 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from mupace import ranks
-from mupace.arguments import curve_of, field_curve, optimizers_of, whole
-from mupace.changes import Plan, branched, refuse_jumps, repeaked, retotalled
 from mupace.errors import ConfigError, StateError, one_of
 from mupace.gradients import clip_norm, clip_value
-from mupace.lanes import Group, GroupSpec, fields_of, has_field, note_base
-from mupace.restore import Verdict, dump, load
+from mupace.pacer import ranks
+from mupace.pacer.arguments import curve_of, field_curve, optimizers_of, whole
+from mupace.pacer.changes import Plan, branched, refuse_jumps, repeaked, retotalled
+from mupace.pacer.lanes import Group, GroupSpec, fields_of, has_field, note_base
+from mupace.pacer.restore import Verdict, dump, load
+from mupace.pacer.updates import Landed, untraced, warn
+from mupace.pacer.writer import Rates, Writer, rates_of
 from mupace.schedules import Curve, Schedule
 from mupace.schedules.curve import OFFSET
 from mupace.schedules.replan import Rule
 from mupace.units import Clock, Span
-from mupace.updates import Landed, untraced, warn
-from mupace.writer import Rates, Writer, rates_of
 
 Optimizer: TypeAlias = torch.optim.Optimizer
 Mismatch: TypeAlias = Literal["error", "checkpoint", "config"]

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from mupace.lanes import Group, GroupSpec, Lanes, TensorRates, Where, put_field, slot
+from mupace.pacer.lanes import Group, GroupSpec, Lanes, TensorRates, Where, put_field, slot
 from mupace.schedules import Curve
 from mupace.units import Array
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mupace.errors import ConfigError, one_of
-from mupace.lanes import GroupSpec
+from mupace.pacer.lanes import GroupSpec
 from mupace.schedules import Curve, branch, retotal
 from mupace.schedules.replan import Rule
 from mupace.units import Span
