@@ -73,7 +73,9 @@ class Span:
             raise ConfigError(f"a length is 0 to {_LONGEST:.0e}, not {value!r:.40} {self.unit}s")
         if self.unit == "fraction" and value > 1:
             raise ConfigError(f"a fraction of the run is at most 100%, not {value * 100:.6g}%")
-        object.__setattr__(self, "value", plain_number(value))
+        number = plain_number(value)
+        whole = self.unit != "fraction" and number == int(number)  # 3.0 steps are 3 steps: one value, one text
+        object.__setattr__(self, "value", int(number) if whole else number)
 
     @classmethod
     def parse(cls, text: str | Span, argument: str = "span") -> Span:
@@ -110,6 +112,9 @@ class Span:
             percent = repr(round(self.value * 100, 10)).removesuffix(".0")
             exact = float(percent) / 100 == self.value
             return f"{percent}%" if exact else f"{self.value!r} fraction"
+        for word, seconds in (("h", 3600), ("min", 60)):
+            if self.unit == "second" and self.value and self.value % seconds == 0:
+                return f"{self.value // seconds} {word}"
         plural = "" if self.value == 1 else "s"
         return f"{_short(self.value)} {self.unit}{plural}"
 

@@ -300,7 +300,7 @@ def test_a_horizon_is_given_once() -> None:
     assert schedule("hold", total=RATED).steps == 1000
     with pytest.raises(ConfigError, match="tokens_per_step= is given beside total=Horizon"):
         schedule("hold", total=RATED, tokens_per_step=5)
-    with pytest.raises(ConfigError, match=r"total='5400 seconds' has no number of steps: it needs seconds_per_step="):
+    with pytest.raises(ConfigError, match=r"total='90 min' has no number of steps: it needs seconds_per_step="):
         schedule("hold", total="90 min").steps  # noqa: B018
 
 
