@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import sys
 from pathlib import Path
@@ -107,3 +108,11 @@ def test_the_project_refers_to_nothing_outside() -> None:
     for file in [*files, *ROOT.glob("*.md"), ROOT / "Makefile"]:
         if file.is_file() and file.suffix in {".py", ".md", ".toml", ".json", ""} and file != Path(__file__):
             assert not outside.search(file.read_text(encoding="utf-8")), file
+
+
+def test_every_test_file_is_where_pytest_looks(request: pytest.FixtureRequest) -> None:
+    """pytest passes by folders with some names ("dist" is one) without a word."""
+    passed_by = request.config.getini("norecursedirs")
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for part in file.relative_to(ROOT).parts[:-1]:
+            assert not any(fnmatch.fnmatch(part, pattern) for pattern in passed_by), file

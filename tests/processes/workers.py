@@ -1,4 +1,4 @@
-"""What each process of tests/dist runs: `torchrun workers.py CASE DIRECTORY`; writes DIRECTORY/rank<r>.json."""
+"""What each process of tests/processes runs: `torchrun workers.py CASE DIRECTORY`; writes DIRECTORY/rank<r>.json."""
 
 from __future__ import annotations
 
