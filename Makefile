@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check bench bench-small docs clean
+.PHONY: demo test test-slow lint check bench docs clean
 
 demo: $(V)/.run  ## train a small Transformer on real text, kill it, resume it, write the report
 	$(BIN)/mupace demo --out runs/demo
@@ -15,15 +15,15 @@ demo: $(V)/.run  ## train a small Transformer on real text, kill it, resume it, 
 test: $(V)/.dev  ## the default test suite
 	$(BIN)/python -m pytest
 
-test-all: $(V)/.dev  ## and the slow tests, and those that start several processes
-	$(BIN)/python -m pytest -m "not gpu"
+test-slow: $(V)/.dev  ## the slow tests, and those that start several processes
+	$(BIN)/python -m pytest -m "(slow or dist) and not gpu"
 
-check: $(V)/.dev  ## format, lint, types, tests, docs: what CI runs
+lint: $(V)/.dev  ## format, lint, types
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not gpu"
-	$(BIN)/zensical build --clean
+
+check: lint docs test-slow test  ## what CI runs
 
 bench: $(V)/.dev  ## the figures that the README states; exits non-zero when one is missed
 	$(BIN)/python benchmarks/run.py
@@ -32,7 +32,7 @@ docs: $(V)/.dev  ## the documentation site, in site/
 	$(BIN)/zensical build --clean
 
 clean:
-	rm -rf $(V) site runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(V) site .pytest_cache .mypy_cache .ruff_cache
 
 $(V)/.venv: constraints.txt
 	$(PY) -m venv $(V)

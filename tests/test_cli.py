@@ -12,6 +12,7 @@ import pytest
 
 from disks import small_file_system
 from mupace.cli import COMMANDS, run
+from mupace.units import Horizon
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 120
 CONFIG = """
@@ -241,6 +242,7 @@ BAD = {
     "unknown option": (["schedule", "--totl", "9 steps"], "--totl"),
     "unknown command": (["shedule"], "shedule"),
     "value of the wrong type": (["schedule", "--peak", "high"], "high"),
+    "rows below one": (["schedule", "hold", "--rows", "-3"], "--rows"),
     "unknown preset": (["schedule", "--preset", "sftt"], "did you mean 'sft'"),
     "unknown picture": (["schedule", "hold", "--plot", "lr.bmp"], "lr.bmp"),
     "no run": (["report", "nowhere"], "nowhere"),
@@ -293,6 +295,107 @@ def test_a_full_disk_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]
         assert (code, err.count("\n")) == (2, 1), err
         assert "No space left" in err
         assert not list((disk / "run").glob("step-*")), "no checkpoint, or a whole one"
+
+
+def without(package: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command in an environment that does not have a package."""
+    code = f"import sys; sys.modules[{package!r}] = None; from mupace.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110)
+
+
+NEEDS_HF = [["params", "llama"], ["train", "C", "--out", "new"], ["check", "C"], ["demo", "--out", "new"]]
+
+
+@pytest.mark.parametrize("arguments", NEEDS_HF, ids=lambda a: a[0])
+def test_a_base_install_says_what_to_install(arguments: list[str], place: Path) -> None:
+    command = [str(place / "run.toml") if a == "C" else a for a in arguments]
+    done = without("transformers", *command, cwd=place / "work")
+    expected = f"mupace: error: {arguments[0]} needs transformers: pip install 'mupace[hf]'\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+    assert not list((place / "work").iterdir()), "nothing is written"
+
+
+def test_a_package_that_is_not_ours_to_explain_keeps_its_traceback(place: Path) -> None:
+    done = without("pydantic", "check", str(place / "run.toml"), cwd=place)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def test_a_csv_is_written_whole_or_not_at_all(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_file_system(place / "disk", "64k") as disk:
+        (disk / "lr.csv").write_text("old")
+        code, _, err = call(capsys, "schedule", "hold", "--total", "9_000 steps", "--csv", str(disk / "lr.csv"))
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "No space left" in err
+        assert {p.name: p.read_text() for p in disk.iterdir()} == {"lr.csv": "old"}
+
+
+QUICK = [
+    "eval.every=20 steps", "checkpoint.every=8 steps", "data.cache=CACHE", "data.seq_len=32", "eval.blocks=2",
+    "eval.sample_tokens=8", "run.threads=1",
+]  # fmt: skip
+
+
+def demo(place: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    quick = [word for text in QUICK for word in ("--set", text.replace("CACHE", str(place / "cache")))]
+    return call(capsys, "demo", "--text", str(place / "text.txt"), *quick, *arguments)
+
+
+def test_a_demo_in_epochs_replaces_a_demo_and_nothing_else(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    epochs = ["--set", "schedule.total=1 epochs", "--set", "batch.micro=4", "--no-kill"]
+    code, out, err = demo(place, capsys, "--out", ".", *epochs)
+    assert code == 0, out + err
+    assert "killed" not in out
+    assert "the kill" not in out
+    steps = json.loads(Path("record.rank0.jsonl").read_text().splitlines()[0])["steps"]
+    assert steps > 2
+    Path("step-00099999").mkdir()
+    Path(".tmp-step-00000001-77").mkdir()
+    code, out, err = demo(place, capsys, "--out", ".", *epochs)
+    assert code == 0, out + err
+    assert not Path("step-00099999").exists()
+    made = {"demo.toml", "record.rank0.jsonl", "report.html", *(p.name for p in Path().glob("step-*"))}
+    assert {p.name for p in Path().iterdir()} == made
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "steps", "step-one", "record.txt", ".git", "demo.toml.bak"])
+@pytest.mark.parametrize("out", [".", "../work"])
+def test_a_demo_never_deletes_what_is_not_a_demos(
+    name: str, out: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("demo.toml", name):
+        Path(file).write_text("mine")
+    code, _, err = demo(place, capsys, "--out", out)
+    assert (code, err.count("\n")) == (2, 1)
+    assert repr(name) in err
+    assert {p.name: p.read_text() for p in Path().iterdir()} == {"demo.toml": "mine", name: "mine"}
+
+
+def test_a_run_of_ones_own_is_not_a_demo(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("record.rank0.jsonl").write_text("mine")
+    code, _, err = demo(place, capsys, "--out", ".")
+    assert (code, "'record.rank0.jsonl'" in err) == (2, True)
+    assert Path("record.rank0.jsonl").read_text() == "mine"
+
+
+def test_the_demo_says_what_became_of_the_process_it_meant_to_kill(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mupace.cli.demo import _train_and_kill
+
+    never, soon = Horizon(total="1000 steps"), Horizon(total="2 steps")
+    assert _train_and_kill(place / "run.toml", Path("a"), [], never) == 0
+    out = capfd.readouterr().out
+    assert "ended by itself at update 8, before it could be killed" in out
+    assert "kill -9" not in out
+    assert _train_and_kill(place / "run.toml", Path("b"), ["schedule.total=2000 steps"], soon) == 0
+    assert "kill -9 of process" in capfd.readouterr().out
+    assert _train_and_kill(place / "none.toml", Path("c"), [], never) == 2
+    out, err = capfd.readouterr()
+    assert "failed at update 0" in out
+    assert "kill -9" not in out
+    assert "none.toml" in err
 
 
 @pytest.mark.slow

@@ -25,9 +25,11 @@ curve = mupace.schedule("warmup 2% | hold | sqrt 20% -> 0", total="1.2B tokens",
 curve.updates(), curve.table(), mupace.schedules.retotal(curve, "2B tokens", 5, "hold")
 print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))
 """
-# Seconds of processor time, so that a busy machine is not a slow import.
+# Seconds of processor time, so that a busy machine is not a slow import, beyond those of numpy, which is not ours. The
+# whole import has its own bound in the benchmarks.
 TIMED = """
 import time
+import numpy
 began = time.process_time()
 import mupace
 print(time.process_time() - began)
@@ -48,4 +50,4 @@ def test_the_check_sees_what_is_loaded() -> None:
 
 
 def test_it_is_loaded_quickly() -> None:
-    assert min(float(run(TIMED)) for _ in range(5)) < 0.3
+    assert min(float(run(TIMED)) for _ in range(5)) < 0.15

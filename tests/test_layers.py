@@ -13,7 +13,7 @@ import mupace
 
 SRC = Path(mupace.__file__).parent
 LAYERS = (
-    ("errors", "units", "_version"),
+    ("errors", "units", "files", "_version"),
     ("schedules", "params", "scales"),
     ("record", "optimizers", "gradients"),
     ("pacer",),

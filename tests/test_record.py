@@ -275,6 +275,53 @@ def test_updates_skipped_after_the_checkpoint_are_redone_and_count_once(tmp_path
     assert run.superseded == 1
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_changed_plan_that_was_never_saved_is_undone(tmp_path: Path, saved: bool) -> None:
+    with Record(tmp_path) as record:
+        update(record, 1)
+        record.write("checkpoint", step=1, path="ck1")
+        record.write("resume", step=1, path="ck1")
+        record.write("replan", step=1, rule="extend")
+        if saved:
+            record.write("checkpoint", step=1, path="ck1")
+        record.write("resume", step=1, path="ck1")
+        update(record, 2)
+    run = read(tmp_path)
+    assert len(run.of_type("replan")) == int(saved)
+    assert run.superseded == int(not saved)
+    assert run.updates["step"].tolist() == [1, 2]
+
+
+def test_a_sample_that_is_made_again_counts_once(tmp_path: Path) -> None:
+    with Record(tmp_path) as record:
+        update(record, 1)
+        record.write("eval", step=1, loss=1.0)
+        record.write("checkpoint", step=1, path="ck1")
+        record.write("sample", step=1, text="first")
+        record.write("resume", step=1, path="ck1")
+        record.write("sample", step=1, text="again")
+        record.write("end", step=1, reason="finished")
+    run = read(tmp_path)
+    assert [row["text"] for row in run.samples] == ["again"]
+    assert len(run.evals) == 1
+
+
+def test_a_record_of_nothing_but_repairs_is_empty(tmp_path: Path) -> None:
+    file = record_file(tmp_path)
+    file.write_bytes(b'{"type":"run","se')
+    for seq in (1, 2):  # killed again before the first row
+        with Record(tmp_path) as record:
+            assert record.empty
+            assert record.seq == seq
+        with file.open("ab") as torn:
+            torn.write(b'{"ty')
+    with Record(tmp_path) as record:
+        record.write("run")
+        assert not record.empty
+    assert not Record(tmp_path).empty
+    assert Record(tmp_path / "new").empty
+
+
 def test_lines_that_are_not_rows_are_numbered_not_fatal(tmp_path: Path) -> None:
     with Record(tmp_path) as record:
         update(record, 1)

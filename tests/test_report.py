@@ -6,13 +6,15 @@ import hashlib
 import http.server
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import xml.etree.ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -119,13 +121,19 @@ def page_file(run_dir: Path) -> Path:
     return report(run_dir)
 
 
+def no_browser() -> None:
+    """On a developer's machine the page may stay untested, in CI not."""
+    words = "NO BROWSER: the report page is untested. Install one: apt-get install chromium"
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(words)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
-        pytest.skip("NO BROWSER: the report page is untested. Install one: apt-get install chromium")
+        no_browser()
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu", *quiet])
@@ -154,6 +162,13 @@ class Visit:
         """What stands on the canvas of a chart, as a hash."""
         url = self.page.evaluate(f"document.querySelector('#chart-{chart} .plot canvas').toDataURL()")
         return hashlib.sha256(url.encode()).hexdigest()
+
+    def until(self, true: Callable[[], bool], seconds: float = 10) -> None:
+        """Wait for the page to become so; it draws in frames of its own."""
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline
+            self.page.wait_for_timeout(10)
 
     def close(self) -> None:
         self.context.close()
@@ -223,18 +238,17 @@ def test_generated_text_is_text_and_the_policy_would_stop_it_otherwise(
 def test_x_axis_log_and_key_change_the_picture_and_back(visit: Visit) -> None:
     before = {key: visit.pixels(key) for key in ("lr", "loss", "speed")}
     visit.page.locator("#unit span", has_text="tokens").click()
-    assert all(visit.pixels(key) != before[key] for key in before)
+    visit.until(lambda: all(visit.pixels(key) != before[key] for key in before))
     visit.page.locator("#unit span", has_text="updates").click()
-    assert {key: visit.pixels(key) for key in before} == before
+    visit.until(lambda: {key: visit.pixels(key) for key in before} == before)
     visit.page.get_by_label("log loss and norm").check()
-    assert visit.pixels("loss") != before["loss"]
+    visit.until(lambda: visit.pixels("loss") != before["loss"])
     assert visit.pixels("speed") == before["speed"]
     visit.page.get_by_label("log loss and norm").uncheck()
     planned = visit.page.locator("#chart-lr .key button", has_text="planned")
     planned.click()
     assert planned.get_attribute("aria-pressed") == "false"
-    visit.page.wait_for_timeout(50)
-    assert visit.pixels("lr") != before["lr"]
+    visit.until(lambda: visit.pixels("lr") != before["lr"])
     assert visit.complaints == []
 
 
@@ -252,11 +266,9 @@ def test_the_cursor_reads_every_chart_and_a_drag_zooms_them_together(visit: Visi
     visit.page.mouse.down()
     visit.page.mouse.move(box["x"] + box["width"] * 0.8, middle)
     visit.page.mouse.up()
-    visit.page.wait_for_timeout(50)
-    assert all(visit.pixels(key) != before[key] for key in before)
+    visit.until(lambda: all(visit.pixels(key) != before[key] for key in before))
     visit.page.mouse.dblclick(box["x"] + box["width"] / 2, middle)
-    visit.page.wait_for_timeout(50)
-    assert {key: visit.pixels(key) for key in before} == before
+    visit.until(lambda: {key: visit.pixels(key) for key in before} == before)
     assert visit.complaints == []
 
 
@@ -286,8 +298,7 @@ def test_it_reads_well_by_day_and_by_night_wide_and_narrow(
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     light = opened.pixels("loss")
     opened.page.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
-    opened.page.wait_for_timeout(50)
-    assert opened.pixels("loss") != light
+    opened.until(lambda: opened.pixels("loss") != light)
     assert opened.complaints == []
     opened.close()
 
@@ -538,6 +549,84 @@ def test_a_replan_text_that_gives_another_rate_is_not_believed(tmp_path: Path) -
     told = {"step": 60, "rule": "extend", "to": str(new.schedule), "total": "200 steps", "lr_after": [3e-3 * rates[60]]}
     trace = traces(run_of(tmp_path, header(old), rates, ["matrices"], [told]))[0]
     assert trace.plan_x[-1] == pytest.approx(60)
+
+
+def trained(changes: dict[str, Any], **options: Any) -> None:
+    """A tiny run of the reference trainer in the working directory."""
+    from mupace.trainer.config import RunConfig
+    from mupace.trainer.loop import train
+
+    Path("text.txt").write_text("the rate of an update is a factor of its peak. " * 100)
+    config = RunConfig.parse(
+        {
+            "schedule": {"text": "warmup 20% | hold | linear 30% -> 0", "total": "8 steps"},
+            "model": {"config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}},
+            "data": {"text": "text.txt", "seq_len": 16, "cache": "cache"},
+            "batch": {"micro": 2},
+            "optimizer": {"lr": 1e-2},
+            "groups": {"rules": [{"select": "norm", "lr": 0.5}]},
+            "eval": {"every": "off", "blocks": 1, "sample_tokens": 0},
+            "checkpoint": {"every": "off"},
+        }
+    )
+    train(config.replace(changes), "run", **options)
+
+
+def test_a_new_peak_through_the_trainer_is_the_plan_from_there_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Killed(Exception):
+        pass
+
+    def killed(row: dict[str, Any]) -> None:
+        if row.get("step") == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained({"checkpoint.every": "4 steps"}, progress=killed)
+    trained({"checkpoint.every": "4 steps"}, replan=lambda pacer: pacer.set_peak(5e-3, reason="it diverged"))
+    found = traces(read("run"))
+    assert sum(len(trace.names) for trace in found) >= 2
+    for trace in found:
+        assert trace.exact
+        assert len(trace.x) == 8
+        assert trace.deviation is not None
+        assert trace.deviation < 1e-12
+    row = next(r for r in read("run").of_type("replan"))
+    assert {"peaks", "curve"} <= row.keys(), "the row says both, and both count"
+    words = text_of(report("run"))
+    assert "plan changed by set_peak: peak of " in words
+    assert " 0.01 → 0.005" in words
+    assert " 0.005 → 0.0025" in words
+    assert "because: it diverged" in words
+    assert "None" not in words
+
+
+def test_a_plan_that_differed_on_resume_is_told_with_the_difference(tmp_path: Path) -> None:
+    told = "peak of 'matrices' was 0.003, is 0.001"
+    with Record(tmp_path) as record:
+        record.write("run", **header(curve_of(TEXT, 10)))
+        record.write("resume", step=0, path="")
+        record.write("replan", step=4, rule="resume/config", difference=told, reason="the saved plan differed")
+        record.write(
+            "replan", step=5, rule="extend", **{"from": "hold", "to": "hold | linear 2 steps -> 0"}, total="9 steps"
+        )
+    words = text_of(report(tmp_path)).replace("&#x27;", "'").replace("&#39;", "'")
+    assert f"plan changed by resume/config: {told}, because: the saved plan differed" in words
+    assert "started again without a checkpoint" in words
+    assert "from “hold” to “hold | linear 2 steps -&gt; 0”, total 9 steps" in words
+    assert "None" not in words
+
+
+def test_without_a_browser_ci_fails_and_a_developer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="NO BROWSER"):
+        no_browser()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="NO BROWSER"):
+        no_browser()
 
 
 def test_decimation_keeps_every_extreme_and_both_ends() -> None:

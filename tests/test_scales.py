@@ -381,3 +381,22 @@ def test_overridden_tables_make_groups() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     table = param_table(model, {"1.weight": "head"})
     assert lr_of(groups(table, [scale("head", lr=3)], lr=1.0))["1.weight"] == 3.0
+
+
+def test_a_tensor_rate_gives_every_group_a_tensor_of_its_own() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    rate = torch.tensor(1e-2, dtype=torch.float64)
+    made = groups(model, [scale("1", lr=0.5)], lr=rate)
+    assert [float(g["lr"]) for g in made] == [1e-2, 5e-3]
+    assert len({g["lr"].data_ptr() for g in made} | {rate.data_ptr()}) == 3
+    assert {g["lr"].dtype for g in made} == {torch.float64}
+    with pytest.raises(ConfigError, match=r"lr has shape \(2,\)"):
+        groups(model, lr=torch.ones(2))
+
+
+def test_rules_may_stand_in_sequences_or_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    alone = [(g["name"], g["lr"]) for g in groups(model, scale("1", lr=0.5), lr=1.0)]
+    assert alone == [(g["name"], g["lr"]) for g in groups(model, [(scale("1", lr=0.5),), ()], lr=1.0)]
+    with pytest.raises(ConfigError, match="is not a rule"):
+        groups(model, "linear", lr=1.0)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from mupace.errors import ConfigError
+from mupace.units import is_number
 
 
 def clip_norm(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
@@ -14,8 +15,8 @@ def clip_norm(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: fl
 
     Source: Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, arXiv 1211.5063, Algorithm 1.
     """
-    if not max_norm > 0:
-        raise ConfigError(f"max_norm={max_norm}: legal is a positive number")
+    if not _positive(max_norm):
+        raise ConfigError(f"max_norm={max_norm!r}: legal is a positive number")
     norm = torch.nn.utils.clip_grad_norm_(list(parameters), max_norm, norm_type)
     whole: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor under FSDP2
     return whole
@@ -23,6 +24,10 @@ def clip_norm(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: fl
 
 def clip_value(parameters: Iterable[torch.Tensor], value: float) -> None:
     """Clamp every gradient element to [−value, value]."""
-    if not value > 0:
-        raise ConfigError(f"clip value={value}: legal is a positive number")
+    if not _positive(value):
+        raise ConfigError(f"clip value={value!r}: legal is a positive number")
     torch.nn.utils.clip_grad_value_(list(parameters), value)
+
+
+def _positive(value: object) -> bool:
+    return (is_number(value) or isinstance(value, torch.Tensor)) and bool(value > 0)  # type: ignore[operator]

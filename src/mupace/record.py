@@ -173,6 +173,13 @@ class Record:
                     return int(row["seq"])
         return 0
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever written but what a repair left: the run has yet to say what it is."""
+        with self.path.open("rb") as file:
+            rows = (_parse(line) for line in file)
+            return all(row is None or row["type"] == "repaired" for row in rows)
+
     def write(self, kind: str, /, **fields: Any) -> int:
         """Appends one row of type `kind` and returns its `seq`.
 
@@ -298,7 +305,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     """Reads a record file, or that of rank 0 in a run directory, without torch.
 
     Rows that a later `resume` at step k went back before are dropped: updates, evaluations, samples,
-    checkpoints and replans of a step > k, and updates skipped after the checkpoint of step k was written.
+    checkpoints and replans of a step > k, and the skipped updates, samples and replans of step k that were
+    written after the checkpoint of step k.
 
     Raises:
         StateError: there is no such file, or no line of it is a row.
@@ -359,10 +367,15 @@ def _standing(rows: list[Row]) -> list[Row]:
 
 
 def _undone(row: Row, k: int, *, after_save: bool) -> bool:
-    """Whether going back to step k undoes this row; a skipped update has the step of the one before it."""
+    """Whether going back to step k undoes this row: it is later, or of step k and not in what was saved there.
+
+    A skipped update has the step of the one before it. A changed plan is saved after its row; the last sample is
+    written after the last save, and once more if its process was killed before the end row.
+    """
     if row["type"] not in _UNDONE:
         return False
-    return _step(row) > k or bool(row.get("skipped") and _step(row) == k and after_save)
+    late = row["type"] in ("replan", "sample") or row.get("skipped")  # may follow the save at the same step
+    return _step(row) > k or bool(late and after_save and _step(row) == k)
 
 
 def _flat(row: Row) -> Iterator[tuple[str, Any]]:

@@ -226,9 +226,9 @@ NO_DECAY: tuple[str, ...] = ("norm", "bias")
 
 def groups(
     model: Any,
-    rules: Sequence[Rule] = (),
+    rules: Rule | Sequence[Rule | Sequence[Rule]] = (),
     *,
-    lr: float,
+    lr: Any,
     weight_decay: float = 0.0,
     eps: float | None = None,
     no_decay: Sequence[str] = NO_DECAY,
@@ -243,8 +243,9 @@ def groups(
 
     Args:
         model: a torch.nn.Module or its `ParamTable`.
-        rules: factors and paces, in any order.
-        lr: base learning rate, the peak of a tensor with factor 1.
+        rules: factors and paces, in any order; sequences of rules, such as `role_policy()`, may stand among them.
+        lr: base learning rate, the peak of a tensor with factor 1: a number, or a tensor without dimensions, of which
+            every group then gets a copy of its own (for compiled optimizers).
         weight_decay: base weight decay.
         eps: base eps, needed when a rule scales it.
         no_decay: selectors of tensors without weight decay; roles may be absent from the model.
@@ -262,15 +263,22 @@ def groups(
     linear x0.1 0.1 0.1 ['1.weight']
     no_decay x0.1 0.1 0.0 ['1.bias']
     """
-    bases = {"lr": _number("lr", lr), "weight_decay": _number("weight_decay", weight_decay)}
+    rate = lr if hasattr(lr, "fill_") else None  # a tensor, known by its shape: no torch is imported here
+    if rate is not None and rate.ndim != 0:
+        raise ConfigError(f"lr has shape {tuple(rate.shape)}: legal is a number, or a tensor without dimensions")
+    bases = {
+        "lr": _number("lr", lr if rate is None else float(rate)),
+        "weight_decay": _number("weight_decay", weight_decay),
+    }
     if eps is not None:
         bases["eps"] = _number("eps", eps)
     table = _live_table(model)
-    everything = [*rules, *_no_decay_rules(no_decay)]
+    everything = [*_flat(rules), *_no_decay_rules(no_decay)]
     settings = _resolve(table, everything)
     if eps is None and any(setting.scales.eps != 1.0 for setting in settings.values()):
         raise ConfigError("eps is not given, but a rule scales it: write groups(..., eps=1e-8)")
-    return _merged(table, settings, bases)
+    made = _merged(table, settings, bases)
+    return made if rate is None else [{**g, "lr": rate.new_tensor(g["lr"])} for g in made]
 
 
 def freeze_parameters(model: Any, rules: Sequence[Rule]) -> tuple[str, ...]:
@@ -395,6 +403,13 @@ def _below_top(param: Param, depths: Mapping[str | None, int]) -> int:
     if param.block is not None:
         return top - (param.block + 1)
     return top if param.place == "input" else 0
+
+
+def _flat(rules: Any) -> list[Rule]:
+    """One rule, rules, or rules in sequences (as `role_policy` gives), in order."""
+    if isinstance(rules, Sequence) and not isinstance(rules, str):
+        return [rule for part in rules for rule in _flat(part)]
+    return [rules]
 
 
 def _number(name: str, value: float) -> float:

@@ -157,6 +157,18 @@ def test_a_run_in_seconds_has_no_number_of_updates(text: Path) -> None:
     assert "speed of the machine" in report["total"].evidence
 
 
+@pytest.mark.parametrize("written", ["warmup 10 s | hold | sqrt 20% -> 0.1", "linear 10% -> 1 | linear -> 0.1 @ end"])
+def test_a_run_in_seconds_that_starts_at_0_is_mended_by_what_the_remedy_writes(text: Path, written: str) -> None:
+    changes = {"schedule.total": "90 min", "schedule.text": written}
+    report = check_config(config("good", text, **changes))
+    assert report.failed == ("peaks",)
+    assert "takes its first update at second 0" in report["peaks"].remedy
+    mended = report["peaks"].remedy.split("'")[1]
+    assert " from 0.01 | " in mended
+    report = check_config(config("good", text, **{**changes, "schedule.text": mended}))
+    assert report.passed, str(report)
+
+
 def test_the_stage_of_another_optimizer_has_no_bound(text: Path) -> None:
     report = check_config(config("stage", text, **{"optimizer.name": "sgd"}))
     assert report["stage"].verdict == "n/a"

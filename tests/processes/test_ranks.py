@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,21 @@ import pytest
 import mupace
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
+LONGEST = 120  # seconds for one case: the ranks are stopped before the test is
 
 CURVE = mupace.schedule("warmup 2 steps | hold | sqrt 4 steps -> 0", total="10 steps", tokens_per_step=100)
+
+
+def end(run: subprocess.Popen[bytes]) -> None:
+    """Stop the launcher and the ranks; torchrun gives each rank a session, and ends them itself on SIGTERM."""
+    if run.poll() is not None:
+        return
+    run.terminate()
+    try:
+        run.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 def torchrun(case: str, directory: Path, processes: int = 2) -> list[dict[str, Any]]:
@@ -23,8 +37,18 @@ def torchrun(case: str, directory: Path, processes: int = 2) -> list[dict[str, A
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     worker = str(Path(__file__).with_name("workers.py"))
-    done = subprocess.run([*command, worker, case, str(directory)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = directory / "torchrun.txt"
+    with said.open("w") as out:
+        run = subprocess.Popen(
+            [*command, worker, case, str(directory)], env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            code = run.wait(timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(run)
+    assert code == 0, f"{'no end after ' + str(LONGEST) + ' s' if code is None else code}\n{said.read_text()[-4000:]}"
     return [json.loads((directory / f"rank{r}.json").read_text()) for r in range(processes)]
 
 

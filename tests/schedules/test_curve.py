@@ -333,3 +333,18 @@ def test_a_million_steps_are_fast() -> None:
     scalar = min(timeit.repeat(lambda: [curve(v) for v in few], number=1, repeat=5)) / len(few) * len(x)
     assert vector < 0.1 * (3 if "CI" in os.environ or sys.gettrace() else 1)
     assert scalar / vector >= 30
+
+
+def test_a_length_is_a_position() -> None:
+    curve = schedule("linear -> 0", total="1000 tokens", tokens_per_step=10)
+    assert curve("10%") == curve(Span(0.1, "fraction")) == curve(100, unit="token") == 0.9
+    assert curve("25 steps") == 0.75
+    ramp = schedule("linear -> 0", total="1000 tokens", tokens_per_step=[("0 tokens", 10), ("100 tokens", 20)])
+    assert ramp("20 steps") == ramp(20) == 0.7
+
+
+@pytest.mark.parametrize("bad", [None, "ten", object(), ["a"], {}])
+def test_what_is_no_position(bad: Any) -> None:
+    with pytest.raises(ConfigError, match="position") as error:
+        schedule("hold", total="100 steps")(bad)
+    assert "\n" not in str(error.value)

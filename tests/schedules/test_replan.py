@@ -13,7 +13,7 @@ from randoms import FAMILIES, random_schedules
 
 from mupace.errors import ConfigError
 from mupace.schedules import Curve, Schedule, branch, retotal, schedule
-from mupace.units import Horizon
+from mupace.units import Clock, Horizon
 
 STEPS = Horizon(total="1000 steps")
 
@@ -273,3 +273,20 @@ def test_refused_changes(call: Any, says: str) -> None:
         call(WSD["steps"])
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_clock_is_a_position_on_the_axis_itself() -> None:
+    """In seconds, and between planned updates, where no number of updates says where the run is."""
+    timed = schedule("warmup 1 s | hold | linear 20% -> 0", total="100 s")
+    here = Clock(step=12345, second=40.25)
+    longer = retotal(timed, "200 s", here, "hold")
+    assert [longer(x, unit="second") for x in (0.5, 180, 190, 200)] == [0.5, 1.0, 0.5, 0.0]
+    side = branch(timed, here, "10 s", "linear")
+    assert side.horizon.length == 50.25
+    assert [side(x, unit="second") for x in (0.5, 40.25, 45.25)] == [0.5, 1.0, 0.5]
+    with pytest.raises(ConfigError, match="seconds_per_step"):
+        retotal(timed, "200 s", 12345, "hold")  # the control: a number of updates does need the rate
+    cool = branch(WSD["tokens"], Clock(step=9, token=12_345_678), "1000 tokens", "linear")
+    assert cool.horizon.length == 12_346_678
+    with pytest.raises(ConfigError, match="branch at second 90: the trunk is already decaying"):
+        branch(timed, Clock(second=90.0), "1 s")

@@ -235,3 +235,47 @@ def test_long_garbage_is_refused_quickly() -> None:
         with pytest.raises(ConfigError) as error:
             Schedule.parse(text)
         assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("warmup 10% -> 0.5 | hold", "a warmup rises to 1; legal is for instance 'linear 10% from 0 -> 0.5'"),
+        ("hold 10% | warmup 10% from 0 -> 0.5", "warmup -> 0.5: a warmup rises to 1"),
+        ("hold 10% | warmup 10% | hold", "it begins at 1 already; legal is for instance 'warmup 10% from 0'"),
+        ("warmup 5% | hold 10% | warmup 10%", "phase 'warmup 10%': it begins at 1 already"),
+        ("4x(warmup 10% | hold 15%)", "phase 'warmup 10%': it begins at 1 already"),
+    ],
+)
+def test_a_warmup_that_would_not_rise_to_1_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Schedule.parse(text)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_warmup_in_a_value_is_held_to_the_same() -> None:
+    with pytest.raises(ConfigError, match=r"warmup -> 0\.5: a warmup rises to 1"):
+        Phase(shape="warmup", span=Span(5, "step"), end=0.5)
+    with pytest.raises(ConfigError, match="warmup -> '1'"):
+        Phase(shape="warmup", span=Span(5, "step"), end="1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "warmup 10% -> 1 | hold",
+        "warmup 10% from 1 | hold",
+        "linear 10% from 0 -> 0.5 | hold",
+        "4x(warmup 10% from 0 | hold 15%)",
+        "hold 40% | linear 10% -> 0 | warmup 10% | hold",
+        "hold 40% | linear 10% -> 1 | hold",
+        "power(scale=10%) 40% | warmup 10% | hold",
+    ],
+)
+def test_warmups_that_say_what_they_do_round_trip(text: str, tmp_path: Path) -> None:
+    assert_round_trips(Schedule.parse(text), tmp_path)
+
+
+def test_what_replaces_a_warmup_to_less_starts_at_0() -> None:
+    assert schedule("linear 10% from 0 -> 0.5 | hold", total="100 steps")([0, 5, 50]).tolist() == [0, 0.25, 0.5]

@@ -279,7 +279,7 @@ def test_a_real_command_killed_and_started_again(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(SOURCE)
     lines = [
         f"[{name}]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in s.items())
-        for name, s in config(40, checkpoint={"every": "5 steps"}).items()
+        for name, s in config(400, checkpoint={"every": "5 steps"}).items()
     ]
     (tmp_path / "run.toml").write_text("\n".join(lines))
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from runs import SOURCE, TINY, Crashed, config, crash_at, here, listing, overflow, run, weights  # noqa: F401
+from safetensors.torch import load_file
 
 from disks import small_file_system
 from mupace.errors import CheckpointError, ConfigError, StateError
@@ -39,7 +40,7 @@ def test_a_finished_run_is_left_as_it_is() -> None:
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = config(3, eval__sample_tokens=3)
+    c = config(3, eval__sample_tokens=3, eval__every="3 steps")
 
     def killed(self: Trainer, record: Any) -> None:
         raise Crashed
@@ -49,7 +50,8 @@ def test_a_run_killed_after_its_last_checkpoint_is_completed(monkeypatch: pytest
         with pytest.raises(Crashed):
             train(c, "run")
     assert not read("run").of_type("end")
-    _, record = run(c)
+    result, record = run(c)
+    assert (result.loss, result.eval_loss) == (record.updates["loss"][-1], record.evals[-1]["loss"])
     assert len(record.samples) == len(record.of_type("end")) == len(record.of_type("checkpoint")) == 1
     assert record.updates["step"].tolist() == [1, 2, 3]
 
@@ -282,3 +284,27 @@ def test_an_impossible_change_of_plan_leaves_everything_as_it_was() -> None:
     with pytest.raises(ConfigError, match="total='2 steps'"):
         train(c, "run", replan=lambda p: p.extend("2 steps"))
     assert listing("run") == before
+
+
+# A lost run, and one whose checkpoints are all damaged
+
+
+def test_a_run_whose_loss_is_no_number_ends_and_keeps_what_was_good() -> None:
+    c = config(40, optimizer__lr=1e12, schedule__text="hold 10 steps from 0 | hold from 1", checkpoint__every="5 steps")
+    with pytest.raises(StateError, match=r"the loss of update \d+ is (nan|inf): the weights are lost.*step-000000"):
+        train(c, "run")
+    for path in Path("run").glob("step-*"):
+        tensors = load_file(path / "model.safetensors").values()
+        assert all(bool(torch.isfinite(t).all()) for t in tensors), path
+    assert not read("run").of_type("end")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew() -> None:
+    c = config(6, checkpoint__every="2 steps")
+    train(c, "run")
+    for path in Path("run").glob("step-*"):
+        (path / "state.json").write_text("x")
+    before = Path("run/record.rank0.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
+        train(c, "run")
+    assert Path("run/record.rank0.jsonl").read_bytes() == before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def _wasted(s: Subject, rates: Rates) -> Iterator[Wrong]:
         if rates.highest[i] == 0:
             continue
         if rates.values[0, i] == 0 and i not in _gated(s):
-            yield f"the first update of {name} has a rate of 0", _start_above_zero(s)
+            yield f"the first update of {name} has a rate of 0", _start_above_zero(s, i)
         n = _own(s, rates)
         if rates.values[n - 1, i] == 0:
             zeros = int((rates.values[:n, i] != 0)[::-1].argmax())
@@ -97,12 +97,14 @@ def _own(s: Subject, rates: Rates) -> int:
     return max(1, min(own, len(rates.values)))
 
 
-def _start_above_zero(s: Subject) -> str:
-    if s.curve is None:
+def _start_above_zero(s: Subject, i: int) -> str:
+    if s.pacer is None:
         return f"let {s.kind} give update i the factor (i + 1)/warmup, or start the warmup above 0"
-    if s.curve.sample == "start" and s.curve.horizon.axis != "second":
+    curve = s.pacer.groups[i].own or s.pacer.curve
+    if curve.sample == "start" and curve.horizon.axis != "second":
         return "leave out '@ start': the default, sample = midpoint, has no update at the 0 of a warmup"
-    return "start the warmup above 0, as in 'warmup 2% from 0.01'"
+    clock = "a run in seconds takes its first update at second 0: " if curve.horizon.axis == "second" else ""
+    return f"{clock}start the schedule above 0, as in '{replace(curve.schedule, start=0.01)}'"
 
 
 def _end_above_zero(s: Subject) -> str:

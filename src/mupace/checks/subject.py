@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,8 +15,9 @@ from mupace.checks.rates import Rates, foreign_rates, own_length, pacer_rates
 from mupace.checks.twin import Twin, twin
 from mupace.errors import ConfigError, one_of
 from mupace.pacer import Pacer
+from mupace.pacer.arguments import optimizers_of
 from mupace.schedules import PRESETS, Curve
-from mupace.units import Horizon, Span
+from mupace.units import Horizon, Span, is_number
 
 if TYPE_CHECKING:
     from mupace.trainer.config import RunConfig
@@ -131,12 +131,9 @@ def from_loop(
     Raises:
         ConfigError: an object of another kind, or a number out of range.
     """
-    stages = sorted({p.stage for p in PRESETS.values()})
-    if stage is not None and stage not in stages:
-        raise one_of("stage", stage, stages)
-    for name, value in (("updates", updates), ("accumulate", accumulate), ("calls_per_update", calls_per_update)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}={value!r}: legal is a whole number, 1 or more")
+    rates = {"samples_per_step": samples_per_step, "tokens_per_sample": tokens_per_sample}
+    counts = {"updates": updates, "accumulate": accumulate, "calls_per_update": calls_per_update, **rates}
+    _refuse_wrong(stage, counts, others)
     inner, wrapped, calls = _unwrapped(scheduler)
     subject = Subject(
         optimizers=_optimizers(optimizer),
@@ -149,23 +146,30 @@ def from_loop(
         stage=stage,
         **others,
     )
-    return replace(subject, horizon=_horizon(subject, samples_per_step, tokens_per_sample))
+    return replace(subject, horizon=_horizon(subject, {k: v for k, v in rates.items() if v is not None}))
+
+
+def _refuse_wrong(stage: str | None, counts: Mapping[str, int | None], others: Mapping[str, Any]) -> None:
+    stages = sorted({p.stage for p in PRESETS.values()})
+    if stage is not None and stage not in stages:
+        raise one_of("stage", stage, stages)
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}={value!r}: legal is a whole number, 1 or more")
+    for name in ("peak", "floor"):
+        value = others[name]
+        if value is not None and not (is_number(value) and 0 <= value < float("inf")):
+            raise ConfigError(f"{name}={value!r}: legal is a learning rate, a finite number, 0 or more")
+    model = others["model"]
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model={type(model).__name__}: legal is a torch.nn.Module")
 
 
 def _optimizers(given: Any) -> tuple[Optimizer, ...]:
     """One or several; Accelerate's and other wrappers keep theirs in `.optimizer`."""
     several = given if isinstance(given, Sequence) else [given]
-    if not several:
-        raise ConfigError("optimizer=[]: legal is at least one torch.optim.Optimizer")
-    return tuple(_optimizer(o) for o in several)
-
-
-def _optimizer(given: Any) -> Optimizer:
-    inner = getattr(given, "optimizer", None)
-    found = inner if isinstance(inner, Optimizer) else given
-    if not isinstance(found, Optimizer):
-        raise ConfigError(f"optimizer={type(given).__name__}: legal is a torch.optim.Optimizer, or a list of them")
-    return found
+    inner = (getattr(o, "optimizer", None) for o in several)
+    return optimizers_of([i if isinstance(i, Optimizer) else o for o, i in zip(several, inner, strict=True)])
 
 
 def _unwrapped(scheduler: Any) -> tuple[LRScheduler, bool, int | None]:
@@ -183,24 +187,23 @@ def _unwrapped(scheduler: Any) -> tuple[LRScheduler, bool, int | None]:
     return inner, True, 1 if scheduler.split_batches else int(AcceleratorState().num_processes)
 
 
-def _horizon(subject: Subject, samples_per_step: int | None, tokens_per_sample: int | None) -> Horizon | None:
-    """The written total with its rates; without one, that of the pacer."""
+def _horizon(subject: Subject, rates: Mapping[str, int]) -> Horizon | None:
+    """The written total with the given rates and those that the pacer knows; without a total, that of the pacer."""
     if subject.total is None:
         return None if subject.curve is None else subject.curve.horizon
-    total = subject.total if isinstance(subject.total, str) else f"{subject.total} steps"
-    if subject.curve is None:
-        return Horizon(
-            total=Span.parse(total, "total"), samples_per_step=samples_per_step, tokens_per_sample=tokens_per_sample
-        )
-    h = subject.curve.horizon
-    if samples_per_step is None and tokens_per_sample is None:
-        return h.replace_total(total)
-    return Horizon(
-        total=Span.parse(total, "total"),
-        samples_per_step=samples_per_step or h.samples_per_step,
-        tokens_per_sample=tokens_per_sample or h.tokens_per_sample,
-        samples_per_epoch=h.samples_per_epoch,
-    )
+    total = Span.parse(subject.total if isinstance(subject.total, str) else f"{subject.total} steps", "total")
+    return Horizon(total=total, **rates) if subject.curve is None else _changed(subject.curve.horizon, total, rates)
+
+
+def _changed(h: Horizon, total: Span, rates: Mapping[str, int]) -> Horizon:
+    """A horizon with another total and other rates: what follows from them follows anew, the rest is kept."""
+    known = {"samples_per_step": h.samples_per_step, "tokens_per_sample": h.tokens_per_sample, **rates}
+    changes: dict[str, Any] = {**rates, "total": total}
+    if rates and None not in known.values():
+        changes["tokens_per_step"] = None
+    if "samples_per_step" in rates and h.samples_per_epoch is not None:
+        changes["steps_per_epoch"] = None
+    return replace(h, **changes)
 
 
 def from_config(config: RunConfig) -> Subject:
@@ -209,34 +212,13 @@ def from_config(config: RunConfig) -> Subject:
     Raises:
         ConfigError, MatchError, DataError: one line each, as for training.
     """
-    from mupace.trainer.data import prepare
-    from mupace.trainer.loop import optimizers_of
-    from mupace.trainer.model import build, resolve
+    from mupace.trainer import parts
+    from mupace.trainer.model import build
 
-    d, m = config.data, config.model
-    data = prepare(
-        d.text,
-        tokenizer=d.tokenizer,
-        seq_len=d.seq_len,
-        field=d.field,
-        valid_fraction=d.valid_fraction,
-        cache=None if d.cache is None else Path(d.cache),
-    )
-    curve = config.curve(len(data.train))
-    for every in filter(None, (config.eval.every, config.checkpoint.every)):
-        curve.horizon.convert(every, "step")
-    blueprint = resolve(
-        m.name,
-        m.config,
-        tokenizer=data.tokenizer,
-        seq_len=d.seq_len,
-        dtype=m.dtype,
-        attention=m.attention,
-        gradient_checkpointing=m.gradient_checkpointing,
-    )
+    data, curve, blueprint, _ = parts.ingredients(config)
     with torch.device("meta"):
         model = build(replace(blueprint, weights=None))
-    _, optimizers = optimizers_of(config, model)
+    _, optimizers = parts.optimizers_of(config, model)
     pacer = Pacer(optimizers, curve, fields=config.schedule.fields)
     return Subject(
         optimizers=tuple(optimizers),

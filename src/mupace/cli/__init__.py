@@ -23,6 +23,13 @@ COMMANDS = {
     "report": "Make one HTML page of a run, with no network use.",
 }
 
+# Packages that only some commands need, and the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(("transformers", "tokenizers", "safetensors", "accelerate"), "hf"),
+    "matplotlib": "plot",
+    "tensorboard": "trackers",
+}
+
 app = App(
     name="mupace",
     version=__version__,
@@ -52,6 +59,11 @@ def run(arguments: Sequence[str]) -> int:
         return _refuse(" ".join(str(error).split()))
     except MupaceError as error:
         return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        name = _optional(error)
+        if name is None:
+            raise
+        return _refuse(f"{arguments[0]} needs {name}: pip install 'mupace[{EXTRAS[name]}]'")
     except BrokenPipeError:  # the reader of a pipe went away: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -62,6 +74,16 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _optional(error: BaseException | None) -> str | None:
+    """The optional package whose absence this is, perhaps through an error of a package that needs it."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if name in EXTRAS:
+            return name
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _refuse(line: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mupace.trainer.loop import Result
+    from mupace.units import Horizon
 
 KILL_AFTER = 0.4  # of the run
+SOURCE = "demo.toml"
 RECORD = "record.rank0.jsonl"
+# What a demo leaves in its directory, and what a killed process may leave there half written.
+MADE = re.compile(
+    r"demo\.toml|record\.rank\d+\.jsonl|step-\d+|report\.html|tensorboard|\.(tmp|old)-step-.*|\.report\.html\..*"
+)
 
 
 def demo(
@@ -50,12 +57,14 @@ def demo(
     from mupace.cli.settings import load_config
     from mupace.report import report
     from mupace.trainer.loop import train
+    from mupace.trainer.parts import ingredients
 
     changes = [*(set_ or []), *([f"data.text={json.dumps(text)}"] if text else [])]
-    source = Path(str(files("mupace.cli") / "demo.toml"))
+    source = Path(str(files("mupace.cli") / SOURCE))
     settings = load_config(source, changes)
-    curve = settings.curve(None)
-    print(f"1. The plan, one line of {out / source.name}: {curve.schedule}\n")
+    _refuse_others(out)
+    curve = ingredients(settings).curve
+    print(f"1. The plan, one line of {out / SOURCE}: {curve.schedule}\n")
     print(curve.table(8, settings.optimizer.lr))
     print("\n2. The check before the run (mupace check):\n", flush=True)
     checked = check_config(settings)
@@ -64,8 +73,8 @@ def demo(
         return 1
     config = _fresh(out, source)
     print("\n3. The run:\n", flush=True)
-    if kill:
-        _train_and_kill(config, out, changes, curve.steps)
+    if kill and (code := _train_and_kill(config, out, changes, curve.horizon)):
+        return code
     with shown(quiet=False) as progress:
         result = train(settings, out, progress=progress)
     page = report(out)
@@ -73,40 +82,56 @@ def demo(
     return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason].value
 
 
+def _refuse_others(out: Path) -> None:
+    """Nothing is replaced but what a demo has made, every single entry of it."""
+    entries = sorted(p.name for p in out.iterdir()) if out.exists() else []
+    others = [name for name in entries if not MADE.fullmatch(name)] or (entries if SOURCE not in entries else [])
+    if others:
+        raise ConfigError(
+            f"--out {str(out)!r}: it holds something else than a demo ({others[0]!r}); legal is a new directory"
+        )
+
+
 def _fresh(out: Path, source: Path) -> Path:
-    """An empty run directory with the config in it; a directory that holds anything else is not touched."""
-    if out.exists() and any(out.iterdir()) and not (out / source.name).exists():
-        raise ConfigError(f"--out {str(out)!r}: it holds something else than a demo; legal is a new directory")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    return Path(shutil.copyfile(source, out / source.name))
+    """An empty run directory with the config in it."""
+    _refuse_others(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in list(out.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    return Path(shutil.copyfile(source, out / SOURCE))
 
 
-def _train_and_kill(config: Path, out: Path, changes: Sequence[str], steps: int) -> None:
-    """Start `mupace train` as a process of its own and kill it with SIGKILL on the way."""
+def _train_and_kill(config: Path, out: Path, changes: Sequence[str], horizon: Horizon) -> int:
+    """Start `mupace train` as a process of its own and kill it with SIGKILL on the way; its exit code if it failed."""
     command = [sys.executable, "-m", "mupace", "train", str(config), "--out", str(out)]
     command += [word for c in changes for word in ("--set", c)]
-    target = round(steps * KILL_AFTER)
     process = subprocess.Popen(command)
     try:
-        while process.poll() is None and _updates(out) < target:
+        while process.poll() is None and _last(out).get(horizon.axis, 0) < horizon.length * KILL_AFTER:
             time.sleep(0.1)
     finally:
         process.kill()
-        process.wait()
-    done = _updates(out)
-    print(f"\n   kill -9 of process {process.pid} at update {done}; starting again in the same directory\n", flush=True)
-
-
-def _updates(out: Path) -> int:
-    """Updates on record, read as anyone can: it is one JSON object a line."""
-    file = out / RECORD
-    if not file.exists():
+        code = process.wait()
+    done, who = _last(out).get("step", 0), f"process {process.pid}"
+    if code == -signal.SIGKILL:
+        print(f"\n   kill -9 of {who} at update {done}; starting again in the same directory\n", flush=True)
         return 0
-    rows = (
-        line for line in file.read_bytes().splitlines() if line.startswith(b'{"type":"update"') and line.endswith(b"}")
-    )
-    return max((json.loads(row)["step"] for row in rows), default=0)
+    if code == 0:
+        print(f"\n   {who} ended by itself at update {done}, before it could be killed\n", flush=True)
+        return 0
+    print(f"\n   {who} failed at update {done}: its error is above", flush=True)
+    return code if code > 0 else 128 - code
+
+
+def _last(out: Path) -> dict[str, Any]:
+    """The last update on record, read as anyone can: it is one JSON object a line."""
+    file = out / RECORD
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    rows = (line for line in reversed(lines) if line.startswith(b'{"type":"update"') and line.endswith(b"}"))
+    return next((json.loads(row) for row in rows), {})
 
 
 def _explain(result: Result, page: Path, config: Path) -> None:
@@ -120,7 +145,8 @@ def _explain(result: Result, page: Path, config: Path) -> None:
     losses = run.updates["loss"]
     taken = np.stack(list(run.lr.values()))
     worst = max(t.deviation or 0.0 for t in traces(run))
-    resumed = "" if result.resumed_at is None else f"; killed, and resumed at update {result.resumed_at}"
+    at = [row["step"] for row in run.of_type("resume")]
+    resumed = f"; killed, and resumed at update {at[-1]}" if at else ""
     bits, tokens = result.bits_per_byte or float("nan"), int(run.updates["token"][-1])
     print(
         f"""
@@ -130,7 +156,7 @@ def _explain(result: Result, page: Path, config: Path) -> None:
    loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.
    validation: {bits:.3f} bits per byte on text the model has not seen (8 is a uniform guess; zlib needs about 2).
    learning rate: {taken.max():.4g} at the peak, {taken[:, -1].max():.2g} in the last update. The rates taken differ
-   from the plan by at most {worst:.1g} of the peak, the kill and the resume included.
+   from the plan by at most {worst:.1g} of the peak{", the kill and the resume included" if at else ""}.
 
    report:     {page}
    record:     {result.directory / RECORD}   (one JSON object a line)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from mupace.errors import ConfigError
+from mupace.files import write_whole
 from mupace.schedules import PRESETS, Curve, batch_scaled, cosine, noam, noam_peak, preset, retotal, wsd
 from mupace.schedules import schedule as build
 from mupace.units import Horizon, Span
@@ -20,30 +23,128 @@ if TYPE_CHECKING:
 DEFAULT_TOTAL = "100_000 steps"  # the run of Vaswani et al., arXiv 1706.03762, section 5.2 (base model)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What one update and one epoch are.
+
+    Parameters
+    ----------
+    tokens_per_step
+        Tokens that one update consumes; converts tokens and updates.
+    samples_per_step
+        The global batch size; converts samples and updates.
+    tokens_per_sample
+        The sequence length.
+    samples_per_epoch
+        The size of the data set; converts epochs.
+    """
+
+    tokens_per_step: int | None = None
+    samples_per_step: int | None = None
+    tokens_per_sample: int | None = None
+    samples_per_epoch: int | None = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where curves come from besides texts.
+
+    Parameters
+    ----------
+    preset
+        A stage's preset instead of (or beside) a text; may be repeated.
+    config
+        Take the schedule, batch and peak from a run's TOML file.
+    floor
+        Land on this fraction of the peak instead of the written end.
+    d_model
+        Model width in Noam's peak, d_model^-0.5 * warmup^-0.5.
+    """
+
+    preset: list[str] | None = None
+    config: Path | None = None
+    floor: float | None = None
+    d_model: int = 512
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """How curves are shown.
+
+    Parameters
+    ----------
+    rows
+        Rows of the table, 1 or more; the phases' edges come on top.
+    plot
+        Draw to this PNG or SVG file.
+    csv
+        Write every update's factor (and learning rate) to this CSV file.
+    """
+
+    rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 20
+    plot: Path | None = None
+    csv: Path | None = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NewTotal:
+    """A change of the horizon.
+
+    Parameters
+    ----------
+    at
+        Preview a change of the horizon after this many updates: the curve before and after.
+    new_total
+        The new length of the run, with AT.
+    rule
+        How the curve follows: hold (the stable phase goes on), redecay (the last phase anew), stretch.
+    """
+
+    at: int | None = None
+    new_total: str | None = None
+    rule: Literal["hold", "redecay", "stretch"] = "hold"
+
+    @property
+    def given(self) -> bool:
+        return self.at is not None or self.new_total is not None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NewBatch:
+    """A change of the batch size.
+
+    Parameters
+    ----------
+    scale_batch
+        "256:1024": scale the peak from batch 256 to batch 1024, by BATCH-RULE, capped at CRITICAL.
+    batch_rule
+        How the peak follows the batch size.
+    critical
+        Critical batch size, above which a larger batch earns no larger rate.
+    """
+
+    scale_batch: str | None = None
+    batch_rule: Literal["linear", "sqrt", "none"] = "sqrt"
+    critical: float | None = None
+
+
 def schedule(
     texts: Annotated[list[str] | None, Parameter(name="text")] = None,
     /,
     *,
     total: str = DEFAULT_TOTAL,
-    tokens_per_step: int | None = None,
-    samples_per_step: int | None = None,
-    tokens_per_sample: int | None = None,
-    samples_per_epoch: int | None = None,
-    preset_: Annotated[list[str] | None, Parameter(name="--preset")] = None,
+    rates: Rates = Rates(),
+    sources: Sources = Sources(),
     presets: bool = False,
-    config: Path | None = None,
     peak: float | None = None,
-    floor: float | None = None,
-    d_model: int = 512,
-    rows: int = 20,
-    plot: Path | None = None,
-    out: Annotated[Path | None, Parameter(name="--csv")] = None,
-    at: int | None = None,
-    new_total: str | None = None,
-    rule: Literal["hold", "redecay", "stretch"] = "hold",
-    scale_batch: str | None = None,
-    batch_rule: Literal["linear", "sqrt", "none"] = "sqrt",
-    critical: float | None = None,
+    outputs: Outputs = Outputs(),
+    new_total: NewTotal = NewTotal(),
+    new_batch: NewBatch = NewBatch(),
 ) -> None:
     """Show schedules: as a table, as a picture, several compared.
 
@@ -55,83 +156,41 @@ def schedule(
         Schedules, such as "warmup 2% | hold 78% | sqrt 20% -> 0"; several are compared.
     total
         Length of the run with its unit: "2000 steps", "1.2B tokens", "3 epochs".
-    tokens_per_step
-        Tokens that one update consumes; converts tokens and updates.
-    samples_per_step
-        The global batch size; converts samples and updates.
-    tokens_per_sample
-        The sequence length.
-    samples_per_epoch
-        The size of the data set; converts epochs.
-    preset_
-        A stage's preset instead of (or beside) a text; may be repeated.
     presets
         List the presets with their sources, and stop.
-    config
-        Take the schedule, batch and peak from a run's TOML file.
     peak
         Peak learning rate: adds a column of learning rates.
-    floor
-        Land on this fraction of the peak instead of the written end.
-    d_model
-        Model width in Noam's peak, d_model^-0.5 * warmup^-0.5.
-    rows
-        Rows of the table.
-    plot
-        Draw to this PNG or SVG file.
-    out
-        Write every update's factor (and learning rate) to this CSV file.
-    at
-        Preview a change of the horizon after this many updates: the curve before and after.
-    new_total
-        The new length of the run, with AT.
-    rule
-        How the curve follows: hold (the stable phase goes on), redecay (the last phase anew), stretch.
-    scale_batch
-        "256:1024": scale the peak from batch 256 to batch 1024, by BATCH-RULE, capped at CRITICAL.
-    batch_rule
-        How the peak follows the batch size.
-    critical
-        Critical batch size, above which a larger batch earns no larger rate.
     """
     if presets:
         _list_presets()
         return
-    rates = {
-        "tokens_per_step": tokens_per_step,
-        "samples_per_step": samples_per_step,
-        "tokens_per_sample": tokens_per_sample,
-        "samples_per_epoch": samples_per_epoch,
-    }
-    horizon = Horizon(total=Span.parse(total, "--total"), **rates)
-    curves, peaks = _curves(texts or [], preset_ or [], config, horizon, floor, d_model)
-    peak = _scaled_peak(peak, scale_batch, batch_rule, critical)
+    horizon = Horizon(total=Span.parse(total, "--total"), **asdict(rates))
+    curves, peaks = _curves(texts or [], sources, horizon)
+    peak = _scaled_peak(peak, new_batch)
     if peak is not None:
         peaks = dict.fromkeys(curves, peak)
-    if new_total is not None or at is not None:
-        curves |= _replanned(curves, at, new_total, rule)
+    if new_total.given:
+        curves |= _replanned(curves, new_total)
         peaks = dict.fromkeys(curves, peak) if peak is not None else {}
     for name, curve in curves.items():
-        print(f"{name}\n{curve.table(rows, peaks.get(name))}\n")
-    if plot is None and not (texts or preset_ or config):
-        plot = Path("schedules.png")
-    if plot is not None:
+        print(f"{name}\n{curve.table(outputs.rows, peaks.get(name))}\n")
+    default = None if texts or sources.preset or sources.config else Path("schedules.png")
+    if plot := outputs.plot or default:
         _draw(curves, plot, peaks)
-    if out is not None:
-        _write_csv(curves, out, peaks)
+    if outputs.csv is not None:
+        _write_csv(curves, outputs.csv, peaks)
 
 
-def _curves(
-    texts: list[str], names: list[str], config: Path | None, horizon: Horizon, floor: float | None, d_model: int
-) -> tuple[dict[str, Curve], dict[str, float]]:
+def _curves(texts: list[str], sources: Sources, horizon: Horizon) -> tuple[dict[str, Curve], dict[str, float]]:
     """What to show, by name, and the peaks that are known."""
+    names, floor, d_model = sources.preset or [], sources.floor, sources.d_model
     curves = {text: build(text, total=horizon, floor=floor) for text in texts}
     curves |= {f"{n}: {preset(n).text}": build(preset(n).text, total=horizon, floor=floor) for n in names}
     peaks = {f"{n}: {preset(n).text}": p for n in names if (p := preset(n).peak) is not None}
-    if config is not None:
+    if sources.config is not None:
         from mupace.cli.settings import load_config
 
-        run = load_config(config, [])
+        run = load_config(sources.config, [])
         curve = run.curve(horizon.samples_per_epoch)
         curves[str(curve.schedule)], peaks[str(curve.schedule)] = curve, run.optimizer.lr
     if curves:
@@ -145,7 +204,8 @@ def _curves(
     return {name: build(s, total=horizon) for name, s in default.items()}, {}
 
 
-def _scaled_peak(peak: float | None, change: str | None, rule: str, critical: float | None) -> float | None:
+def _scaled_peak(peak: float | None, batch: NewBatch) -> float | None:
+    change, rule = batch.scale_batch, batch.batch_rule
     if change is None:
         return peak
     old, colon, new = change.partition(":")
@@ -153,18 +213,19 @@ def _scaled_peak(peak: float | None, change: str | None, rule: str, critical: fl
         raise ConfigError(
             f"--scale-batch {change!r}: legal is OLD:NEW with --peak, such as --peak 3e-4 --scale-batch 256:1024"
         )
-    scaled = batch_scaled(peak, base=int(old), batch=int(new), rule=rule, critical=critical)  # type: ignore[arg-type]
+    scaled = batch_scaled(peak, base=int(old), batch=int(new), rule=rule, critical=batch.critical)
     print(f"peak {peak:g} at batch {old} -> {scaled:g} at batch {new} ({rule})\n")
     return scaled
 
 
-def _replanned(curves: Mapping[str, Curve], at: int | None, total: str | None, rule: str) -> dict[str, Curve]:
+def _replanned(curves: Mapping[str, Curve], change: NewTotal) -> dict[str, Curve]:
     """The same curves after a change of the horizon, with the rate on both sides of it printed."""
+    at, total, rule = change.at, change.new_total, change.rule
     if at is None or total is None:
         raise ConfigError("--at and --new-total go together, such as --at 500 --new-total '2000 steps' --rule hold")
     found = {}
     for name, curve in curves.items():
-        new = retotal(curve, total, at, rule)  # type: ignore[arg-type]
+        new = retotal(curve, total, at, rule)
         before, after = curve.updates(at, at + 1)[0], new.updates(at, at + 1)[0]
         print(f"{name}: at update {at}, total {curve.horizon.total} -> {new.horizon.total} by {rule}:")
         print(f"  factor {before:.6f} -> {after:.6f}   ({new.schedule})\n")
@@ -181,16 +242,13 @@ def _draw(curves: dict[str, Curve], path: Path, peaks: dict[str, float]) -> None
 
 def _write_csv(curves: Mapping[str, Curve], path: Path, peaks: Mapping[str, float]) -> None:
     """One row per update, one column per curve; the file appears whole."""
-    import os
-
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     longest = max(c.steps for c in curves.values())
     columns = [c.updates(0, longest) * peaks.get(name, 1.0) for name, c in curves.items()]
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["update", *curves])
-        writer.writerows([i, *(repr(float(c[i])) for c in columns)] for i in range(longest))
-    os.replace(part, path)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["update", *curves])
+    writer.writerows([i, *(repr(float(c[i])) for c in columns)] for i in range(longest))
+    write_whole(path, text.getvalue(), "--csv")
     print(f"written: {path} ({longest} updates)", file=sys.stderr)
 
 

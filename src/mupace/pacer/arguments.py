@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
-from mupace.errors import ConfigError
+from mupace.errors import ConfigError, one_of
+from mupace.pacer.lanes import Group, fields_of, has_field
 from mupace.schedules import Curve, Schedule
+from mupace.units import Horizon
 
 
 def optimizers_of(given: Any) -> tuple[Optimizer, ...]:
@@ -31,7 +34,33 @@ def curve_of(name: str, curve: Any) -> Curve:
     return curve
 
 
-def field_curve(name: str, value: Curve | Schedule | str, curve: Curve) -> Curve:
+def field_curves(given: Any, curve: Curve, groups: Sequence[Group]) -> dict[str, Curve]:
+    """The curves of the other hyper-parameters; a text runs on the horizon of `curve`."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"fields={given!r}: legal is a mapping such as {{'weight_decay': 'linear -> 0'}}")
+    found = {name: _field_curve(name, value, curve) for name, value in (given or {}).items()}
+    for name in found:
+        if not any(has_field(g, name) for g in groups):
+            raise one_of("fields", name, sorted(set().union(*(fields_of(g) for g in groups))))
+    return found
+
+
+def refuse_twice(name: str, names: Collection[str]) -> None:
+    """A name is what a group is restored, logged and changed by, so it is one group's, over all optimizers."""
+    if name in names:
+        raise ConfigError(f"group {name!r}: another group has this name; legal are different names")
+
+
+def refuse_untimed(n: int, horizon: Horizon) -> None:
+    """On a plan in seconds, how long n updates took is known only where a rate is."""
+    if horizon.seconds_per_step is None:
+        raise ConfigError(
+            f"seek: step={n} on a plan in seconds: how long it took is not known; legal are 0, the present step, or a "
+            "curve with seconds_per_step="
+        )
+
+
+def _field_curve(name: str, value: Curve | Schedule | str, curve: Curve) -> Curve:
     if name == "lr":
         raise ConfigError("fields: 'lr' follows `curve`; a group's own schedule goes into its 'schedule' key")
     try:
@@ -49,3 +78,11 @@ def whole(call: str, name: str, given: object) -> int:
     if isinstance(given, bool) or number < 0:
         raise ConfigError(f"{call}: {name}={given!r}; legal is a whole number, 0 or more")
     return number
+
+
+def counted(tokens: object, samples: object) -> tuple[int | None, int | None]:
+    """What an update is said to have consumed, checked; None stays what was planned."""
+    return (
+        None if tokens is None else whole("step", "tokens", tokens),
+        None if samples is None else whole("step", "samples", samples),
+    )

@@ -17,7 +17,7 @@ from mupace.errors import ConfigError, one_of
 from mupace.pacer.lanes import GroupSpec
 from mupace.schedules import Curve, branch, retotal
 from mupace.schedules.replan import Rule
-from mupace.units import Span
+from mupace.units import Clock, Span, is_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +49,8 @@ class Plan:
         return self
 
 
-def retotalled(plan: Plan, total: Span | str, at: int, rule: Rule) -> tuple[Plan, list[str]]:
-    """The plan with another end, and the fields that could not follow; `at` is the present position in updates."""
+def retotalled(plan: Plan, total: Span | str, at: int | Clock, rule: Rule) -> tuple[Plan, list[str]]:
+    """The plan with another end, and the fields that could not follow; `at` is the present position."""
     curve = retotal(plan.curve, total, at, rule)
 
     def follow(c: Curve) -> Curve:
@@ -68,7 +68,7 @@ def retotalled(plan: Plan, total: Span | str, at: int, rule: Rule) -> tuple[Plan
     return Plan(curve=curve, fields=fields, specs=_with_own(plan.specs, follow)).checked(), kept
 
 
-def branched(plan: Plan, length: Span | str, at: int, shape: str, end: float, again: bool) -> Plan:
+def branched(plan: Plan, length: Span | str, at: int | Clock, shape: str, end: float, again: bool) -> Plan:
     """The plan with a cooldown from here; a group's own schedule cools down from where it stands."""
     curve = branch(plan.curve, at, length, shape, end, again)
 
@@ -97,6 +97,7 @@ def repeaked(specs: Sequence[GroupSpec], peak: float | Mapping[str, float]) -> t
     """The groups with other peaks: a number is the new largest one, all others keep their ratio to it."""
     peaks = {s.name: s.base["lr"] for s in specs}
     if not isinstance(peak, Mapping):
+        _refuse_peak(f"peak={peak!r}", peak)
         largest = max(peaks.values())
         if largest == 0:
             raise ConfigError(
@@ -106,9 +107,13 @@ def repeaked(specs: Sequence[GroupSpec], peak: float | Mapping[str, float]) -> t
     for name, value in peak.items():
         if name not in peaks:
             raise one_of("set_peak group", name, peaks)
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"set_peak: {name}={value!r}; legal is a finite number, 0 or more")
+        _refuse_peak(f"{name}={value!r}", value)
     return tuple(replace(s, base={**s.base, "lr": float(peak.get(s.name, s.base["lr"]))}) for s in specs)
+
+
+def _refuse_peak(shown: str, value: object) -> None:
+    if not is_number(value) or not 0 <= value < float("inf"):  # type: ignore[operator]
+        raise ConfigError(f"set_peak: {shown}; legal is a finite number, 0 or more")
 
 
 def _with_own(specs: Sequence[GroupSpec], follow: Callable[[Curve], Curve]) -> tuple[GroupSpec, ...]:

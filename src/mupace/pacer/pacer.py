@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from mupace.errors import ConfigError, StateError, one_of
 from mupace.gradients import clip_norm, clip_value
 from mupace.pacer import ranks
-from mupace.pacer.arguments import curve_of, field_curve, optimizers_of, whole
+from mupace.pacer.arguments import counted, curve_of, field_curves, optimizers_of, refuse_twice, refuse_untimed, whole
 from mupace.pacer.changes import Plan, branched, refuse_jumps, repeaked, retotalled
-from mupace.pacer.lanes import Group, GroupSpec, fields_of, has_field, note_base
-from mupace.pacer.restore import Verdict, dump, load
+from mupace.pacer.lanes import Group, GroupSpec, note_base
+from mupace.pacer.restore import Saved, Verdict, dump, load
 from mupace.pacer.updates import Landed, untraced, warn
 from mupace.pacer.writer import Rates, Writer, rates_of
 from mupace.schedules import Curve, Schedule
@@ -83,9 +82,8 @@ class Pacer(LRScheduler):
         if on_mismatch not in MISMATCHES:
             raise one_of("on_mismatch", on_mismatch, MISMATCHES)
         self.on_mismatch = on_mismatch
-        self.fields = {name: field_curve(name, value, curve) for name, value in (fields or {}).items()}
+        self.fields = field_curves(fields, curve, [g for o in self.optimizers for g in o.param_groups])
         self._planned_fields = dict(self.fields)
-        self._refuse_unmatched_fields()
         self.journal: list[dict[str, Any]] = []
         self.last_grad_norm: torch.Tensor | None = None
         self._n = self._idle = self._from = 0
@@ -95,6 +93,7 @@ class Pacer(LRScheduler):
         self._used: Rates | None = None
         self._specs: list[GroupSpec] = []
         self._places: list[tuple[int, int]] = []  # per spec: optimizer, group
+        self._had = [0 for _ in self.optimizers]  # groups per optimizer at the last look
         self._writer = Writer()
         self._adopt()
         self._hook()
@@ -133,6 +132,9 @@ class Pacer(LRScheduler):
                 from the first call that gives one the clock is measured, no longer planned. A call that advances
                 nothing ignores them.
         """
+        counts = tokens is not None or samples is not None
+        if counts:  # refused before anything moves
+            tokens, samples = counted(tokens, samples)
         seen = False
         for landed in self._landed:
             seen = landed.take() or seen
@@ -142,12 +144,14 @@ class Pacer(LRScheduler):
         self._n += 1
         self._step_count += 1
         self._used = self._writer.now
-        if self._clock is not None or tokens is not None or samples is not None:
+        if counts or self._clock is not None:
             self._measure(tokens, samples)
         self._write()
 
     def seek(self, *, step: int | None = None, tokens: int | None = None) -> None:
         """Move the clock to a position and write its rates; exactly one of `step` and `tokens`.
+
+        To the step where it is, nothing moves; on a plan in seconds the time until now is left out.
 
         Raises:
             ConfigError: neither or both given, or a position before the start.
@@ -156,7 +160,9 @@ class Pacer(LRScheduler):
             raise ConfigError(f"seek: step={step}, tokens={tokens}; legal is exactly one of them")
         given = whole("seek", "step" if tokens is None else "tokens", step if tokens is None else tokens)
         n = given if tokens is None else round(float(self.curve.horizon.to_steps(float(given), "token")))
-        planned = self.curve.horizon.clock(n)
+        if n not in (0, self._n) and self._timed():
+            refuse_untimed(n, self.curve.horizon)
+        planned = self.clock if n == self._n else self.curve.horizon.clock(n)
         self._move(n, planned if tokens is None else replace(planned, token=given))
         self._write()
 
@@ -182,8 +188,8 @@ class Pacer(LRScheduler):
             now = time.monotonic()
             elapsed, self._wall = ranks.from_rank_zero(now - self._wall), now
         self._clock = (self._clock or last).plus(
-            token=planned.token - last.token if tokens is None else whole("step", "tokens", tokens),
-            sample=planned.sample - last.sample if samples is None else whole("step", "samples", samples),
+            token=planned.token - last.token if tokens is None else tokens,
+            sample=planned.sample - last.sample if samples is None else samples,
             second=elapsed,
         )
 
@@ -219,6 +225,7 @@ class Pacer(LRScheduler):
         """The param groups as they are now: loads and trainers replace the dicts, so they are never kept."""
         if len(self.optimizers) == 1:
             return self.optimizer.param_groups
+        self._refuse_removal()
         known = [self.optimizers[o].param_groups[g] for o, g in self._places]
         if sum(len(o.param_groups) for o in self.optimizers) == len(known):
             return known
@@ -234,15 +241,19 @@ class Pacer(LRScheduler):
         self._refuse_removal()
         for o, g in self._unknown():
             group, i = self.optimizers[o].param_groups[g], len(self._specs)
-            self._specs.append(GroupSpec.read(group, i, self.fields, self.curve, self._n, self._position()))
+            spec = GroupSpec.read(group, i, self.fields, self.curve, self._n, self._position())
+            refuse_twice(spec.name, self.names)
+            self._specs.append(spec)
             self._places.append((o, g))
-            note_base(group, self._specs[i])
+            note_base(group, spec)
+        self._had = [len(o.param_groups) for o in self.optimizers]
         self._record_bases()
         self._lay_out()
 
     def _refuse_removal(self) -> None:
-        if (have := sum(len(o.param_groups) for o in self.optimizers)) < (had := len(self._specs)):
-            raise StateError(f"the optimizer has {have} groups, it had {had}: groups cannot be removed")
+        for optimizer, had in zip(self.optimizers, self._had, strict=True):
+            if (have := len(optimizer.param_groups)) < had:
+                raise StateError(f"the optimizer has {have} groups, it had {had}: groups cannot be removed")
 
     def _record_bases(self) -> None:
         """Keep every base beside its value, as torch's schedulers do, for whoever looks after a load."""
@@ -251,12 +262,6 @@ class Pacer(LRScheduler):
 
     def _lay_out(self) -> None:
         self._writer.lay_out(self._groups(), self._specs, self.curve, self.fields)
-
-    def _refuse_unmatched_fields(self) -> None:
-        groups = [g for o in self.optimizers for g in o.param_groups]
-        for name in self.fields:
-            if not any(has_field(g, name) for g in groups):
-                raise one_of("fields", name, sorted(set().union(*(fields_of(g) for g in groups))))
 
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]
@@ -277,7 +282,7 @@ class Pacer(LRScheduler):
 
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates now in the optimizer (those of the next update), one per group; no device is asked."""
-        return rates_of(self._writer.now)
+        return self.get_lr()
 
     def used_lr(self) -> list[float]:
         """The learning rates that the last applied update used, one per group (those of the next, before the first)."""
@@ -304,10 +309,9 @@ class Pacer(LRScheduler):
         if optimizer not in range(len(self.optimizers)):
             raise ConfigError(f"add_param_group: optimizer={optimizer}; legal is 0 to {len(self.optimizers) - 1}")
         target = self.optimizers[optimizer]
-        whole = {**target.defaults, **group}
-        GroupSpec.read(
-            whole, len(self._specs), self.fields, self.curve, self._n, self._position()
-        )  # or it says why not
+        full = {**target.defaults, **group}
+        spec = GroupSpec.read(full, len(self._specs), self.fields, self.curve, self._n, self._position())
+        refuse_twice(spec.name, self.names)  # before the optimizer has it
         target.add_param_group(group)
         self._write()
 
@@ -386,10 +390,9 @@ class Pacer(LRScheduler):
         h = self.curve.horizon
         return float(h.position(self._n, "step") if self._clock is None else getattr(self._clock, h.axis))
 
-    def _at(self) -> int:
-        """The present position in updates; on a measured clock the first whole one that is not in the past."""
-        h = self.curve.horizon
-        return self._n if self._clock is None else math.ceil(float(h.to_steps(self._position(), h.axis)))
+    def _at(self) -> int | Clock:
+        """The present position: updates where the clock is planned, what was measured where it is not."""
+        return self._n if self._clock is None else self._clock
 
     def _follow(self, new: Plan, rule: str, reason: str, *, smooth: bool, kept: Sequence[str] = ()) -> None:
         """Take over another plan, once it is known to fit."""
@@ -432,19 +435,18 @@ class Pacer(LRScheduler):
         """
         load(self, state_dict)
 
-    def _restore(self, n: int, state: Mapping[str, Any], verdict: Verdict) -> None:
+    def _restore(self, n: int, saved: Saved, verdict: Verdict) -> None:
         """Take over a saved state whose plan has been compared with ours."""
         before = self.get_last_lr()
-        self.journal = [dict(row) for row in state["journal"]]
+        self.journal = list(saved.journal)
         self._specs = verdict.specs
         if verdict.follow_saved:
-            self._planned, self.curve = Curve.from_dict(state["planned"]), Curve.from_dict(state["curve"])
-            self._planned_fields = {name: Curve.from_dict(c) for name, c in state["planned_fields"].items()}
-            self.fields = {name: Curve.from_dict(c) for name, c in state["fields"].items()}
+            self._planned, self.curve = saved.planned, saved.curve
+            self._planned_fields, self.fields = dict(saved.planned_fields), dict(saved.fields)
         self._clock = None
         self._move(n, None)
-        if state["clock"] is not None:
-            self._clock = Clock.from_dict(state["clock"])
+        if saved.clock is not None:
+            self._clock = saved.clock
         elif self._timed():
             self._clock = self.curve.horizon.clock(n)
         self._impose()
@@ -454,7 +456,7 @@ class Pacer(LRScheduler):
 
     def _impose(self) -> None:
         """Write our bases and rates over whatever a load has left in the groups."""
-        if sum(len(o.param_groups) for o in self.optimizers) < len(self._specs):
+        if any(len(o.param_groups) < had for o, had in zip(self.optimizers, self._had, strict=True)):
             return  # the optimizer is being rebuilt: its own load follows, and calls this again
         for group, spec in zip(self._groups(), self._specs, strict=False):
             if group.get("name", spec.name) != spec.name and group["name"] in self.names:

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mupace.errors import StateError
+from mupace.errors import ConfigError, StateError
+from mupace.pacer.arguments import whole
 from mupace.pacer.lanes import OWN, GroupSpec
 from mupace.schedules import Curve
+from mupace.units import Clock
 
 if TYPE_CHECKING:
     from mupace.pacer import Pacer
@@ -42,18 +44,49 @@ def dump(pacer: Pacer) -> dict[str, Any]:
 def load(pacer: Pacer, state: Mapping[str, Any]) -> None:
     """Restore what `dump` gave; see `Pacer.load_state_dict`."""
     if "format" not in state:
-        if "last_epoch" not in state:
-            raise StateError(f"pacer state with the keys {sorted(state)}: legal is what state_dict() gave")
-        pacer.seek(step=int(state["last_epoch"]))
+        pacer.seek(step=_updates(state))
         return
     if state["format"] != FORMAT:
         raise StateError(f"pacer state format={state['format']!r}; this version reads {FORMAT}")
     try:
-        inner = json.loads(state["pacer"])
-    except (KeyError, TypeError, ValueError) as e:
+        n, saved = _updates(state), Saved.read(json.loads(state["pacer"]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise StateError(f"pacer state cannot be read: {e!r}; legal is what state_dict() gave") from None
-    saved = [GroupSpec.from_dict(g) for g in inner["groups"]]
-    pacer._restore(int(state["last_epoch"]), inner, reconcile(pacer, inner, saved))
+    pacer._restore(n, saved, reconcile(pacer, saved))
+
+
+def _updates(state: Mapping[str, Any]) -> int:
+    if "last_epoch" not in state:
+        raise StateError(f"pacer state with the keys {sorted(state)}: legal is what state_dict() gave")
+    try:
+        return whole("pacer state", "last_epoch", state["last_epoch"])
+    except ConfigError as e:
+        raise StateError(str(e)) from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """What `dump` wrote, read whole: after this nothing in it can be wrong in form."""
+
+    clock: Clock | None
+    planned: Curve
+    planned_fields: Mapping[str, Curve]
+    curve: Curve
+    fields: Mapping[str, Curve]
+    groups: Sequence[GroupSpec]
+    journal: Sequence[dict[str, Any]]
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> Saved:
+        return cls(
+            clock=None if state["clock"] is None else Clock.from_dict(state["clock"]),
+            planned=Curve.from_dict(state["planned"]),
+            planned_fields={name: Curve.from_dict(c) for name, c in state["planned_fields"].items()},
+            curve=Curve.from_dict(state["curve"]),
+            fields={name: Curve.from_dict(c) for name, c in state["fields"].items()},
+            groups=[GroupSpec.from_dict(g) for g in state["groups"]],
+            journal=[dict(row) for row in state["journal"]],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +98,14 @@ class Verdict:
     difference: str
 
 
-def reconcile(pacer: Pacer, state: Mapping[str, Any], saved: Sequence[GroupSpec]) -> Verdict:
+def reconcile(pacer: Pacer, saved: Saved) -> Verdict:
     """Compare; decide by the pacer's `on_mismatch`.
 
     A plan that was changed at run time (`extend`, `branch`, `set_peak`) is compared by what it was planned as, and
     then followed as it was when saved.
     """
-    specs = _in_order(pacer, saved)
-    difference = _difference(pacer, state, specs)
+    specs = _in_order(pacer, saved.groups)
+    difference = _difference(pacer, saved, specs)
     if not difference:
         return Verdict(True, specs, "")
     if pacer.on_mismatch == "error":
@@ -81,18 +114,22 @@ def reconcile(pacer: Pacer, state: Mapping[str, Any], saved: Sequence[GroupSpec]
             "saved plan) and 'config' (follow this one from the saved position)"
         )
     if pacer.on_mismatch == "config":  # the plan is ours; when a group joined is history
-        specs = [_since(pacer, now, then.since) for now, then in zip(pacer.groups, specs, strict=True)]
+        specs = [_since(pacer, now, then, saved) for now, then in zip(pacer.groups, specs, strict=True)]
         return Verdict(False, specs, difference)
     return Verdict(True, specs, difference)
 
 
-def _since(pacer: Pacer, spec: GroupSpec, since: int) -> GroupSpec:
-    if spec.since == since:
+def _since(pacer: Pacer, spec: GroupSpec, then: GroupSpec, saved: Saved) -> GroupSpec:
+    """The group as it is configured here, joined when the saved one did."""
+    if spec.since == then.since:
         return spec
-    moved = replace(spec, since=since)
-    return (
-        moved if spec.rewarm is None else moved.placed(pacer.curve, float(pacer.curve.horizon.position(since, "step")))
-    )
+    moved = replace(spec, since=then.since)
+    if spec.rewarm is None:
+        return moved
+    horizon = pacer.curve.horizon
+    if then.gate is not None and then.unfreeze is None and saved.curve.horizon.axis == horizon.axis:
+        return moved.placed(pacer.curve, then.gate[0])  # a measured place, which no rate need give
+    return moved.placed(pacer.curve, float(horizon.position(then.since, "step")))
 
 
 def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
@@ -106,25 +143,22 @@ def _in_order(pacer: Pacer, saved: Sequence[GroupSpec]) -> list[GroupSpec]:
             f"the checkpoint paces the groups {', '.join(names)}; this optimizer has {', '.join(here)} (first "
             f"difference: {missing[0]}); a group that was added during the run is added again before the load"
         )
-    if len(set(names)) < len(names):
-        return list(saved)
     by_name = {s.name: s for s in saved}
     return [by_name[name] for name in here]
 
 
-def _difference(pacer: Pacer, state: Mapping[str, Any], saved: Sequence[GroupSpec]) -> str:
+def _difference(pacer: Pacer, saved: Saved, specs: Sequence[GroupSpec]) -> str:
     """The first difference between the plans, in words; empty when there is none."""
-    planned, here = Curve.from_dict(state["planned"]), pacer._planned
+    planned, here = saved.planned, pacer._planned
     if planned.schedule != here.schedule:
         return f"schedule {str(planned.schedule)!r} was saved, {str(here.schedule)!r} is given"
     if planned.horizon != here.horizon:
         return f"horizon {planned.horizon.to_dict()} was saved, {here.horizon.to_dict()} is given"
     if planned.floor != here.floor:
         return f"floor={planned.floor} was saved, {here.floor} is given"
-    then_fields = {name: Curve.from_dict(c) for name, c in state["planned_fields"].items()}
-    if then_fields != pacer._planned_fields:
-        return f"fields {_shown(then_fields)} were saved, {_shown(pacer._planned_fields)} are given"
-    for then, now in zip(saved, pacer.groups, strict=True):
+    if saved.planned_fields != pacer._planned_fields:
+        return f"fields {_shown(saved.planned_fields)} were saved, {_shown(pacer._planned_fields)} are given"
+    for then, now in zip(specs, pacer.groups, strict=True):
         for key in OWN:
             if getattr(then, key) != getattr(now, key):
                 return f"group {now.name!r}: {key}={getattr(then, key)!r} was saved, {getattr(now, key)!r} is given"

@@ -105,13 +105,18 @@ def _segments(run: Run, group: Row) -> list[_Segment]:
     found = [_first(run, group)]
     for row in run.of_type("replan"):
         start = float(row.get("step", 0)) + side
+        last, scale = found[-1], _scale(row, group, found[-1].scale)
         if any(key in row for key in ("to", "curve", "schedule", "planned")):
-            found.append(replace(_changed(run, row, group, found[-1].scale), start=start, scale=found[-1].scale))
-        elif isinstance(row.get("peaks"), dict):
-            new_peak = _number(row["peaks"].get(group.get("name")))
-            scale = found[-1].scale if new_peak is None else new_peak / float(group["lr"])
-            found.append(replace(found[-1], start=start, scale=scale))
+            last = _changed(run, row, group, scale)
+        found.append(replace(last, start=start, scale=scale))
     return found
+
+
+def _scale(row: Row, group: Row, before: float) -> float:
+    """The peak that a replan row gives a group, as a multiple of the one it began with."""
+    peaks = row.get("peaks")
+    peak = _number(peaks.get(group.get("name"))) if isinstance(peaks, dict) else None
+    return before if peak is None else peak / float(group["lr"])
 
 
 def _first(run: Run, group: Row) -> _Segment:

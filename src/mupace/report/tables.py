@@ -144,14 +144,15 @@ def _range(first: int, last: int) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def _told(row: Row) -> str:
-    """One event as a sentence."""
+def _told(row: Row, peaks: dict[str, float]) -> str:
+    """One event as a sentence; `peaks` are those of the groups before it."""
     kind = row["type"]
     if kind == "resume":
-        return f"resumed from {row.get('path', 'a checkpoint')}"
+        return f"resumed from {row['path']}" if row.get("path") else "started again without a checkpoint"
     if kind == "replan":
         reason = f", because: {row['reason']}" if row.get("reason") else ""
-        return f"plan changed by {row.get('rule', 'hand')} from “{row.get('from')}” to “{row.get('to')}”{reason}"
+        words = ", ".join(filter(None, (_texts(row), _peaks(row, peaks), row.get("difference"))))
+        return f"plan changed by {row.get('rule', 'hand')}{f': {words}' if words else ''}{reason}"
     if kind == "end":
         return str(row.get("reason", ""))
     if kind == "repaired":
@@ -160,13 +161,38 @@ def _told(row: Row) -> str:
     return json.dumps(rest, ensure_ascii=False)[:500]
 
 
+def _texts(row: Row) -> str:
+    """The plan before and after, where the row has them; an extension may change the total alone."""
+    if "to" not in row:
+        return ""
+    total = f", total {row['total']}" if "total" in row else ""
+    return f"from “{row.get('from')}” to “{row['to']}”{total}"
+
+
+def _peaks(row: Row, before: dict[str, float]) -> str:
+    """The peaks that the row changes, groups with the same ones together."""
+    new = _numbers_in(row.get("peaks"))
+    moves: dict[str, list[str]] = {}
+    for name, peak in new.items():
+        if peak != before.get(name):
+            moves.setdefault(f"{rate(before[name]) if name in before else MISSING} → {rate(peak)}", []).append(name)
+    return ", ".join(f"peak of {', '.join(names)} {move}" for move, names in moves.items())
+
+
+def _numbers_in(table_of: object) -> dict[str, float]:
+    rows = table_of.items() if isinstance(table_of, dict) else ()
+    return {str(name): float(value) for name, value in rows if isinstance(value, (int, float))}
+
+
 _Event = tuple[float, str, str, str]  # place in the record, updates, kind, words
 
 
 def _told_events(run: Run) -> Iterator[_Event]:
+    peaks = _numbers_in({g.get("name"): g.get("lr") for g in run.header.get("groups", ())})
     for row in run.events:
         if row["type"] != "checkpoint":
-            yield row.get("seq", 0), count(row.get("step")), str(row["type"]), _told(row)
+            yield row.get("seq", 0), count(row.get("step")), str(row["type"]), _told(row, peaks)
+            peaks |= _numbers_in(row.get("peaks"))
     saves = run.of_type("checkpoint")
     if saves:
         last = saves[-1]

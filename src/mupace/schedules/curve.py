@@ -100,24 +100,27 @@ class Curve:
         return self.schedule.sample
 
     @overload
-    def __call__(self, x: float | Clock, unit: Unit = "step") -> float: ...
+    def __call__(self, x: float | Clock | Span | str, unit: Unit = "step") -> float: ...
     @overload
     def __call__(self, x: ArrayLike, unit: Unit = "step") -> Any: ...
     def __call__(self, x: Any, unit: Unit = "step") -> Any:
         """The factor at position `x`.
 
         Args:
-            x: a position in `unit` counted from 0, a `Clock`, or an array of positions.
+            x: a position in `unit` counted from 0, or an array of them; or what carries its own unit: a `Clock`, a
+                `Span` or its text ("10%").
             unit: the unit of `x`: step (default), token, sample, epoch, second or fraction.
 
         Raises:
-            ConfigError: a position before 0, or a unit that the horizon cannot convert.
+            ConfigError: what is no position, one before 0, or a unit that the horizon cannot convert.
         """
         if isinstance(x, Clock):
             x, unit = getattr(x, self.horizon.axis), self.horizon.axis
         if isinstance(x, (int, float, np.integer, np.floating)):
             return self._scalar(float(self.horizon.position(plain_number(x), unit)))
-        positions = np.asarray(self.horizon.position(np.asarray(x, dtype=np.float64), unit))
+        if isinstance(x, (Span, str)):
+            return self._scalar(self.horizon.advance(0.0, Span.parse(x, "position")))
+        positions = np.asarray(self.horizon.position(_numbers(x), unit))
         return self._vector(positions.reshape(-1)).reshape(positions.shape)
 
     def updates(self, start: int = 0, stop: int | None = None) -> Array:
@@ -218,6 +221,15 @@ class Curve:
 
     def __repr__(self) -> str:
         return f"Curve({str(self.schedule)!r}, total={str(self.horizon.total)!r})"
+
+
+def _numbers(x: Any) -> Array:
+    try:
+        if x is not None:
+            return np.asarray(x, dtype=np.float64)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"position {brief(repr(x))}: legal is a number of steps, a length such as '10%', or an array")
 
 
 def _place(schedule: Schedule, horizon: Horizon) -> tuple[Piece, ...]:

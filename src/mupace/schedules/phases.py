@@ -29,7 +29,7 @@ class Phase:
     """One stretch of a schedule.
 
     Args:
-        shape: the name of a shape (`mupace.schedules.SHAPES`); "warmup" is a linear rise to 1.
+        shape: the name of a shape (`mupace.schedules.SHAPES`); "warmup" is a linear rise to 1, and to nothing else.
         span: its length; None takes what the other phases leave (once per schedule).
         end: the value it ends at, 0 to 1; not given for shapes that set their own end (hold, step, inv_sqrt …).
         begin: the value it begins at when it does not continue from the phase before (a jump).
@@ -49,8 +49,10 @@ class Phase:
         if not isinstance(self.shape, str):
             raise ConfigError(f"shape={self.shape!r}: legal is the name of a shape, such as 'linear'")
         known = find_shape(self.shape)
-        if self.shape == "warmup" and self.end is None:
-            put("end", 1.0)
+        if self.shape == "warmup":
+            if self.end not in (None, 1.0):
+                raise ConfigError(_not_to_the_peak(self.span, self.end))
+            put("end", 1.0 if self.end is None else self.end)
         put("shape", ALIASES.get(self.shape, self.shape))
         for name in ("span", "until"):
             value = getattr(self, name)
@@ -191,6 +193,12 @@ class Schedule:
         from mupace.schedules.curve import Curve
 
         return Curve(self, horizon)
+
+
+def _not_to_the_peak(span: object, end: object) -> str:
+    length = "10%" if span is None else str(span)
+    shown = f"{end:g}" if is_number(end) else repr(end)
+    return f"warmup -> {shown}: a warmup rises to 1; legal is for instance 'linear {length} from 0 -> {shown}'"
 
 
 def _continued(first: Phase) -> Phase:

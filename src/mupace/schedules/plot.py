@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mupace.errors import ConfigError, StateError
+from mupace.errors import ConfigError
+from mupace.files import write_whole
 
 __all__ = ["CurveLike", "draw_curves", "plot_curves"]
 
@@ -331,24 +332,10 @@ def _right_axis(axes: Any, peaks: Mapping[str, float] | None) -> None:
 
 
 def _save(figure: Any, target: Path) -> None:
-    """Writes aside, then renames: the picture appears whole or not at all."""
     from matplotlib import rc_context
 
-    kind = target.suffix[1:].lower()
+    kind, drawn = target.suffix[1:].lower(), io.BytesIO()
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            aside = Path(file.name)
-            try:
-                with rc_context({"svg.hashsalt": "mupace"}):  # equal curves give equal files
-                    figure.savefig(file, format=kind, metadata=metadata)
-                file.flush()
-                os.fsync(file.fileno())
-                aside.chmod(0o644)
-                aside.replace(target)
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise StateError(f"picture {target} cannot be written: {error.strerror}") from error
+    with rc_context({"svg.hashsalt": "mupace"}):  # equal curves give equal files
+        figure.savefig(drawn, format=kind, metadata=metadata)
+    write_whole(target, drawn.getvalue(), "picture")

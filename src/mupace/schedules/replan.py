@@ -1,8 +1,12 @@
 """Changing the horizon of a run: extend, cut, branch.
 
-Each takes a curve and the update `at` that is next, and gives a new curve that is *the same before `at`*; what comes
+Each takes a curve and the present position `at`, and gives a new curve that is *the same before `at`*; what comes
 after follows an explicit rule. Nothing jumps except under "stretch", whose name says so. The functions are pure;
 `Pacer.extend`, `cut` and `branch` apply them to a running job and log the change.
+
+All of it happens on the curve's own axis. A position may be given as a number of updates, which is where they are
+planned to end, or as the `Clock` of a run, which is where they did end: a run that is paced by what it measured
+(seconds, uneven batches) needs no rate to be extended.
 """
 
 from __future__ import annotations
@@ -17,18 +21,18 @@ import numpy as np
 from mupace.errors import ConfigError, one_of
 from mupace.schedules.curve import Curve, Piece
 from mupace.schedules.phases import Phase, Schedule
-from mupace.units import Span
+from mupace.units import Clock, Span
 
 Rule: TypeAlias = Literal["hold", "redecay", "stretch"]
 RULES: tuple[Rule, ...] = ("hold", "redecay", "stretch")
 
 
-def retotal(curve: Curve, total: Span | str, at: int, rule: Rule) -> Curve:
+def retotal(curve: Curve, total: Span | str, at: int | Clock, rule: Rule) -> Curve:
     """The curve with another end.
 
     Args:
         total: the new length of the whole run, counted from its start.
-        at: updates completed; the new total lies after them.
+        at: updates completed, or a clock; the new total lies after it.
         rule: "hold": the present stable phase goes on (or ends sooner) so that the last phase, at its old length,
             ends at the new total (a WSD run); refused once the last phase has begun. "redecay": from where the curve
             stands, the last phase's shape once more over all that is left (a cosine re-planned). "stretch": the
@@ -65,11 +69,12 @@ def retotal(curve: Curve, total: Span | str, at: int, rule: Rule) -> Curve:
 
 
 def branch(
-    curve: Curve, at: int, length: Span | str, shape: str = "sqrt", end: float = 0.0, again: bool = False
+    curve: Curve, at: int | Clock, length: Span | str, shape: str = "sqrt", end: float = 0.0, again: bool = False
 ) -> Curve:
-    """Leave the trunk at update `at` for a cooldown of its own: the run ends `length` later.
+    """Leave the trunk at `at` for a cooldown of its own: the run ends `length` later.
 
     Args:
+        at: updates completed, or a clock.
         length: of the cooldown, in any unit ("2000 steps", "20B tokens"; a fraction is of the trunk's total).
         shape, end: of the cooldown.
         again: allow a branch from a curve that is already decaying (WSD-S: Wen et al., arXiv 2410.05192).
@@ -80,10 +85,10 @@ def branch(
     """
     now = _here(curve, at)
     value = curve(now, curve.horizon.axis)
-    peak = max([value, curve(0), *(curve(p.x, curve.horizon.axis) for p in curve.pieces if p.x <= now)])
+    peak = max([value, *(curve(p.x, curve.horizon.axis) for p in curve.pieces if p.x <= now)])
     if value < peak and not again:
         raise ConfigError(
-            f"branch at update {at}: the trunk is already decaying (factor {value:.4g} after {peak:.4g}); "
+            f"branch at {_shown(curve, at, now)}: the trunk is already decaying (factor {value:.4g} after {peak:.4g}); "
             "branch from an earlier checkpoint, or say again=True"
         )
     span = Span.parse(length, "length")
@@ -111,10 +116,17 @@ def _same_before(old: Curve, new: Curve, now: float) -> Curve:
     return new
 
 
-def _here(curve: Curve, at: int) -> float:
+def _here(curve: Curve, at: int | Clock) -> float:
+    """The axis position of `at`."""
+    if isinstance(at, Clock):
+        return float(getattr(at, curve.horizon.axis))
     if isinstance(at, bool) or not isinstance(at, (int, np.integer)) or at < 0:
         raise ConfigError(f"at={at!r}: legal is a whole number of updates, 0 or more")
     return float(curve.horizon.position(at, "step"))
+
+
+def _shown(curve: Curve, at: int | Clock, now: float) -> str:
+    return f"{curve.horizon.axis} {now:g}" if isinstance(at, Clock) else f"update {at}"
 
 
 def _on_axis(curve: Curve, total: Span | str) -> Span:

@@ -40,15 +40,36 @@ def parse(text: str) -> Schedule:
     body, at, sample = text.replace("→", "->").partition("@")
     if at and not sample.strip():
         raise ConfigError(f"schedule={text!r}: it says no sample after '@'; legal are midpoint, start, end")
-    return Schedule(phases=tuple(_phases(body, text)), sample=sample.strip() or "midpoint")  # type: ignore[arg-type]
+    pairs = _phases(body, text)
+    found = Schedule(phases=tuple(p for _, p in pairs), sample=sample.strip() or "midpoint")  # type: ignore[arg-type]
+    _refuse_flat_warmup(pairs, found.start)
+    return found
 
 
-def _phases(text: str, whole: str, depth: int = 0) -> list[Phase]:
-    found: list[Phase] = []
+def _refuse_flat_warmup(pairs: list[tuple[str, Phase]], start: float) -> None:
+    """A warmup that begins at the peak would do nothing, silently; where it should, `from 1` says so."""
+    level: float | None = start
+    for i, (text, phase) in enumerate(pairs):
+        begin = level if phase.begin is None else phase.begin
+        if i > 0 and begin == 1.0 and phase.begin is None and _is_warmup(text):
+            raise ConfigError(f"phase {brief(text)}: it begins at 1 already; legal is for instance '{text} from 0'")
+        level = None if phase.until is not None else phase.end
+        if phase.shape == "hold":
+            level = begin
+
+
+def _is_warmup(text: str) -> bool:
+    name = _NAME.match(text)
+    return name is not None and name[0] == "warmup"
+
+
+def _phases(text: str, whole: str, depth: int = 0) -> list[tuple[str, Phase]]:
+    """Every phase with the text it was written as."""
+    found: list[tuple[str, Phase]] = []
     for part in _split(text, whole):
         repeat = _REPEAT.fullmatch(part)
         if repeat is None:
-            found.append(_phase(part, whole))
+            found.append((part, _phase(part, whole)))
             continue
         count = int(repeat[1])
         inner = _phases(repeat[2], whole, depth + 1) if depth < 8 else []

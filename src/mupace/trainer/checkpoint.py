@@ -162,22 +162,9 @@ def verify(path: str | Path) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The saved state of a checkpoint that verifies, without loading anything.
-
-    Raises:
-        CheckpointError: damaged.
-    """
-    verify(path)
+    """The saved state of a checkpoint that `latest` or `verify` has found whole, without loading anything."""
     state: dict[str, Any] = _read_json(Path(path) / "state.json")
     return state
-
-
-def discard_after(run_dir: str | Path, step: int) -> list[Path]:
-    """Remove the checkpoints beyond `step`, from which a run that went back to `step` would else resume."""
-    later = [path for s, path in _listed(Path(run_dir)) if s > step]
-    for path in later:
-        _remove(path)
-    return later
 
 
 def name_of(step: int) -> str:

@@ -265,16 +265,25 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read or is not TOML; the message has the line.
     """
+    try:
+        return parse_toml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from None
+    except ValueError as error:  # of the text, or of its encoding
+        raise ConfigError(f"config {path}: not TOML: {error}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML text as a dict.
+
+    Raises:
+        ValueError: it is not TOML.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not TOML: {error}") from None
+    return tomllib.loads(text)
 
 
 def _plain(section: Section) -> dict[str, Any]:

@@ -37,7 +37,7 @@ __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of"
 
 # Sections that a resumed run must share with its checkpoint; the schedule has its own policy (run.on_mismatch).
 FIXED = ("model", "data", "batch", "optimizer", "groups", "clip", "run")
-# Keys of theirs that may change: where things are (the content is compared by its hash), and what changes no result.
+# Keys of theirs that may change: where things are (the content is compared by its hash), and how it is computed.
 FREE = {
     "data.text",
     "data.tokenizer",
@@ -48,6 +48,8 @@ FREE = {
 }
 # A loss scale starts at 2^16 and halves at each skip: after so many in a row it is far below any that could help.
 MAX_SKIPS = 50
+# A loss that is not a number has made the weights so; a few in a row are no accident of the log.
+MAX_NOT_FINITE = 5
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -116,6 +118,7 @@ class Trainer:
         self.seconds = 0.0  # training time, over all processes that worked on this run
         self.journaled = 0  # rows of the pacer's journal that the record has
         self.skips = 0  # updates in a row that the loss scale has made us skip
+        self.lost = 0  # updates in a row whose loss was not finite
         self.unsaved = False
         self.stop: str | None = None
         self.last_loss: float | None = None
@@ -130,7 +133,7 @@ class Trainer:
                 raise StateError(f"{self.directory} has no checkpoint: there is no run whose plan could be changed")
             replan(self.pacer)
         self.eval_interval, self.save_interval = intervals(self.config, self.pacer.curve.horizon)
-        if resumed is not None and self._done() and self._recorded_end():
+        if resumed is not None and self._done() and self._last_numbers():
             self.progress({"message": f"this run was finished at update {resumed}: nothing is left to do"})
             return self._result(resumed, "finished")
         with self._record() as record, _signals(self):
@@ -140,6 +143,7 @@ class Trainer:
                 self._loop(record)
             finally:
                 record.sync()
+            self._refuse_lost_run()
             reason = "finished" if self._done() else str(self.stop)
             if self.unsaved:
                 self._save(record)
@@ -149,14 +153,15 @@ class Trainer:
         return self._result(resumed, reason)
 
     def _loop(self, record: Record) -> None:
+        looked = self.seconds  # when it was last asked what is due; a skipped update asks nothing
         while not self._done() and self.stop is None:
-            before = self.seconds
             if not self._update(record):
                 continue
             step, done = self.pacer.clock.step, self._done()
+            before, looked = looked, self.seconds
             if self.config.eval.every is not None and (done or self.eval_interval.due(step, before, self.seconds)):
                 self._evaluate(record)
-            if not done and self.save_interval.due(step, before, self.seconds):
+            if not done and not self.lost and self.save_interval.due(step, before, self.seconds):
                 self._save(record)
 
     def _done(self) -> bool:
@@ -184,6 +189,9 @@ class Trainer:
         applied = self.pacer.clock.step > before
         self._log(record, lr, norm, spent, clipped=clipped, skipped=not applied)
         self._refuse_skipping_for_ever(applied)
+        self.lost = 0 if math.isfinite(self.last_loss) or not applied else self.lost + 1
+        if self.lost == MAX_NOT_FINITE:
+            self._refuse_lost_run()
         return applied
 
     def _accumulate(self, blocks: Any) -> torch.Tensor:
@@ -229,6 +237,19 @@ class Trainer:
                 f"update {self.pacer.clock.step + 1} was skipped {MAX_SKIPS} times in a row: its gradients are not "
                 f"finite at a loss scale of {self.scaler.get_scale():.3g} either; legal is run.precision='bf16', or a "
                 "smaller lr"
+            )
+
+    def _refuse_lost_run(self) -> None:
+        """Checkpoints are not written while the loss is not finite, so the last one is from before.
+
+        Raises:
+            StateError: always, once a loss has not been finite.
+        """
+        if self.lost:
+            path = checkpoint.latest(self.directory, lambda line: None)
+            raise StateError(
+                f"the loss of update {self.pacer.clock.step} is {self.last_loss}: the weights are lost; legal is a "
+                f"smaller lr, or clipping, from {'the start' if path is None else path}"
             )
 
     def _log(
@@ -312,7 +333,15 @@ class Trainer:
 
     def _resume(self) -> int | None:
         """Load the newest complete checkpoint; None when there is none. Nothing is written."""
-        path = checkpoint.latest(self.directory, lambda line: self.progress({"message": f"left out: {line}"}))
+        damaged: list[str] = []
+        path = checkpoint.latest(self.directory, damaged.append)
+        if path is None and damaged:
+            raise CheckpointError(
+                f"{self.directory}: none of its {len(damaged)} checkpoints is whole ({damaged[0]}); legal is another "
+                "output directory, or this one without them"
+            )
+        for line in damaged:
+            self.progress({"message": f"left out: {line}", "problem": True})
         if path is None:
             return None
         _refuse_another_run(path, checkpoint.read_state(path), self.parts)
@@ -349,18 +378,16 @@ class Trainer:
         if new:
             self._save(record)
 
-    def _recorded_end(self) -> bool:
-        """Whether the record says that the run was finished here; then its last numbers are taken from it."""
+    def _last_numbers(self) -> bool:
+        """Take the last loss and evaluation from the record; True if it also says that the run was finished here."""
         try:
             run = read(self.directory)
         except StateError:
             return False
-        ends = run.of_type("end")
-        if not ends or (ends[-1]["reason"], ends[-1]["step"]) != ("finished", self.pacer.clock.step):
-            return False
         self.last_loss = float(run.updates["loss"][-1]) if "loss" in run.updates else None
         self.last_eval = (run.evals[-1]["loss"], run.evals[-1]["bits_per_byte"]) if run.evals else None
-        return True
+        ends = run.of_type("end")
+        return bool(ends) and (ends[-1]["reason"], ends[-1]["step"]) == ("finished", self.pacer.clock.step)
 
     def _result(self, resumed: int | None, reason: str) -> Result:
         loss, bits = self.last_eval or (None, None)
@@ -425,4 +452,4 @@ def _signals(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's

@@ -303,6 +303,8 @@ def _weights(folder: Path) -> Path | None:
 
 
 def _check_fit(config: Any, tokenizer: Tokenizer, seq_len: int) -> None:
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ConfigError(f"model={config.model_type!r} has no vocabulary: legal is a causal language model")
     if config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"vocab_size={config.vocab_size} of the model is smaller than the {tokenizer.vocab_size} ids "

@@ -1,5 +1,6 @@
 """From a config to the parts of a run: data, model, optimizers, pacer. Every user error is found here.
 
+ingredients    RunConfig -> the text, the curve and the kind of model, checked
 prepare        RunConfig -> Parts, built and checked, nothing written
 describe       Parts     -> the row that opens a run's record
 changed_plan   Pacer     -> what a row about a changed plan says of it
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from mupace.schedules import Curve
 from mupace.trainer.config import GroupsSection, RuleSection, RunConfig
 from mupace.trainer.data import Dataset
 from mupace.trainer.data import prepare as prepare_data
-from mupace.trainer.model import build, resolve
+from mupace.trainer.model import Blueprint, build, resolve
 from mupace.units import Horizon, Span
 
 PLAN_POINTS = 512  # points of the planned curve in the record
@@ -92,14 +93,21 @@ def intervals(config: RunConfig, horizon: Horizon) -> tuple[Interval, Interval]:
     )
 
 
-def prepare(config: RunConfig) -> Parts:
-    """Build the data, the model, the optimizer and the pacer of a config; every user error is found here.
+class Ingredients(NamedTuple):
+    """What a run is made of before anything is built that takes memory or time."""
+
+    data: Dataset
+    curve: Curve
+    blueprint: Blueprint
+    device: torch.device
+
+
+def ingredients(config: RunConfig) -> Ingredients:
+    """Read the text and check every section against it; shared by training and by the check before it.
 
     Raises:
-        ConfigError, MatchError, DataError: one line each.
+        ConfigError, DataError: one line each.
     """
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
     device = _device(config.run.device)
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("run.tensorboard=true needs tensorboard: pip install 'mupace[trackers]'")
@@ -123,6 +131,18 @@ def prepare(config: RunConfig) -> Parts:
         attention=m.attention,
         gradient_checkpointing=m.gradient_checkpointing,
     )
+    return Ingredients(data, curve, blueprint, device)
+
+
+def prepare(config: RunConfig) -> Parts:
+    """Build the data, the model, the optimizer and the pacer of a config; every user error is found here.
+
+    Raises:
+        ConfigError, MatchError, DataError: one line each.
+    """
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    data, curve, blueprint, device = ingredients(config)
     model = build(blueprint, seed=config.run.seed).to(device)
     model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and says so where it cannot
     table, optimizers = optimizers_of(config, model)
