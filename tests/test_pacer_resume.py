@@ -340,3 +340,25 @@ def test_a_group_that_joined_a_plan_in_seconds_keeps_its_place_too() -> None:
     target.load_state_dict(source.state_dict())
     assert target.groups[1].since == 1
     assert target.groups[1].gate == source.groups[1].gate
+
+
+@pytest.mark.parametrize("whose", ["checkpoint", "config"])
+def test_the_journal_says_what_the_run_had_and_what_it_gets(whose: Any) -> None:
+    """Not what a fresh pacer happened to show before the load."""
+
+    def made(peak: float, on_mismatch: Any = "error") -> tuple[torch.optim.Optimizer, Pacer]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+        curve = mupace.schedule("warmup 4 steps | hold", total="20 steps")
+        return optimizer, Pacer(optimizer, curve, on_mismatch=on_mismatch)
+
+    optimizer, pacer = made(1e-3)
+    for _ in range(10):
+        optimizer.step()
+        pacer.step()
+    _, resumed = made(5e-3, whose)
+    resumed.load_state_dict(pacer.state_dict())
+    (row,) = resumed.journal
+    assert row["lr_before"] == [1e-3]
+    assert row["lr_after"] == resumed.get_last_lr() == [1e-3 if whose == "checkpoint" else 5e-3]
+    assert row["peaks"] == {"group0": row["lr_after"][0]}
+    assert row["from"] == row["to"] == "warmup 4 steps | hold"

@@ -304,6 +304,10 @@ def test_a_sample_that_is_made_again_counts_once(tmp_path: Path) -> None:
     run = read(tmp_path)
     assert [row["text"] for row in run.samples] == ["again"]
     assert len(run.evals) == 1
+    with Record(tmp_path) as record:  # a finished run that is extended keeps what it had written at its end
+        record.write("resume", step=1, path="ck1")
+        record.write("replan", step=1, rule="extend")
+    assert [row["text"] for row in read(tmp_path).samples] == ["again"]
 
 
 def test_a_record_of_nothing_but_repairs_is_empty(tmp_path: Path) -> None:

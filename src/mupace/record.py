@@ -305,8 +305,8 @@ def read(path: str | os.PathLike[str]) -> Run:
     """Reads a record file, or that of rank 0 in a run directory, without torch.
 
     Rows that a later `resume` at step k went back before are dropped: updates, evaluations, samples,
-    checkpoints and replans of a step > k, and the skipped updates, samples and replans of step k that were
-    written after the checkpoint of step k.
+    checkpoints and replans of a step > k, and the skipped updates, samples and replans of step k that no
+    checkpoint or end of step k follows.
 
     Raises:
         StateError: there is no such file, or no line of it is a row.
@@ -359,7 +359,7 @@ def _standing(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row["type"] == "resume":
             k = _step(row)
-            saves = (i for i, r in enumerate(kept) if r["type"] == "checkpoint" and _step(r) == k)
+            saves = (i for i, r in enumerate(kept) if r["type"] in ("checkpoint", "end") and _step(r) == k)
             saved = max(saves, default=-1 if row.get("path") == "" else len(kept))  # "": from the start, without one
             kept = [r for i, r in enumerate(kept) if not _undone(r, k, after_save=i > saved)]
         kept.append(row)
@@ -367,14 +367,10 @@ def _standing(rows: list[Row]) -> list[Row]:
 
 
 def _undone(row: Row, k: int, *, after_save: bool) -> bool:
-    """Whether going back to step k undoes this row: it is later, or of step k and not in what was saved there.
-
-    A skipped update has the step of the one before it. A changed plan is saved after its row; the last sample is
-    written after the last save, and once more if its process was killed before the end row.
-    """
+    """Whether going back to step k undoes this row: it is later, or of step k and no save or end came after it."""
     if row["type"] not in _UNDONE:
         return False
-    late = row["type"] in ("replan", "sample") or row.get("skipped")  # may follow the save at the same step
+    late = row["type"] in ("replan", "sample") or row.get("skipped")  # may follow the save
     return _step(row) > k or bool(late and after_save and _step(row) == k)
 
 

@@ -18,7 +18,6 @@ from torch.optim import lr_scheduler as schedulers
 import mupace
 from mupace import Pacer
 from mupace.checks import Report, preflight
-from mupace.checks.subject import from_loop
 from mupace.errors import ConfigError
 
 ROW = {"loss": 1.0, "grad_norm": 1.0, "tokens": 1, "lr": {"a": 0.1, "b": 0.1}, "skipped": False}
@@ -477,30 +476,6 @@ def test_wrong_arguments_are_one_line(change: dict[str, Any], words: str) -> Non
     with pytest.raises(ConfigError, match=words) as caught:
         preflight(**arguments)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("known", "given", "steps", "tokens"),
-    [
-        ({"tokens_per_step": 64, "steps_per_epoch": 50}, {"total": "2 epochs", "samples_per_step": 4}, 100, 64),
-        ({"tokens_per_step": 64}, {"total": "6400 tokens", "samples_per_step": 4}, 100, 64),
-        ({"samples_per_step": 8, "tokens_per_sample": 8}, {"total": "6400 tokens", "tokens_per_sample": 16}, 50, 128),
-        ({"samples_per_step": 8, "samples_per_epoch": 400}, {"total": "1 epochs", "samples_per_step": 4}, 100, None),
-        ({"seconds_per_step": 0.5}, {"total": "50 s", "samples_per_step": 4}, 100, None),
-    ],
-    ids=str,
-)
-def test_a_total_of_ones_own_keeps_the_rates_that_the_pacer_knows(
-    known: dict[str, Any], given: dict[str, Any], steps: int, tokens: int | None
-) -> None:
-    optimizer = grouped(Net())
-    h = from_loop(
-        **dict.fromkeys(("updates", "calls_per_update", "stage", "model", "peak", "floor", "tokens_per_sample"))
-        | {"optimizer": optimizer, "scheduler": ours(**known)(optimizer), "accumulate": 1, "samples_per_step": None}
-        | given
-    ).horizon
-    assert h is not None
-    assert (h.steps, h.tokens_per_step) == (steps, tokens)
 
 
 def _rank(rank: int, folder: str, lr_of_rank_one: float) -> None:

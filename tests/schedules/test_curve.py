@@ -348,3 +348,15 @@ def test_what_is_no_position(bad: Any) -> None:
     with pytest.raises(ConfigError, match="position") as error:
         schedule("hold", total="100 steps")(bad)
     assert "\n" not in str(error.value)
+
+
+def test_a_last_update_that_is_partly_beyond_the_end_is_not_wasted() -> None:
+    """Of its interval only [900, 1000) lies in the run: it is given the middle of that, not the held end."""
+    curve = schedule("linear -> 0", total="1000 tokens", tokens_per_step=300)
+    assert curve.updates() == pytest.approx([0.85, 0.55, 0.25, 0.05])
+    assert curve.updates(3, 4) == curve.updates()[3:]
+    assert curve.updates(4, 6).tolist() == [0.0, 0.0]
+    whole = schedule("linear -> 0", total="1200 tokens", tokens_per_step=300)
+    assert whole.updates() == pytest.approx([0.875, 0.625, 0.375, 0.125])
+    start = schedule("linear -> 0 @ start", total="1000 tokens", tokens_per_step=300)
+    assert start.updates() == pytest.approx([1.0, 0.7, 0.4, 0.1])

@@ -17,7 +17,7 @@ from mupace.pacer import ranks
 from mupace.pacer.arguments import counted, curve_of, field_curves, optimizers_of, refuse_twice, refuse_untimed, whole
 from mupace.pacer.changes import Plan, branched, refuse_jumps, repeaked, retotalled
 from mupace.pacer.lanes import Group, GroupSpec, note_base
-from mupace.pacer.restore import Saved, Verdict, dump, load
+from mupace.pacer.restore import dump, load
 from mupace.pacer.updates import Landed, untraced, warn
 from mupace.pacer.writer import Rates, Writer, rates_of
 from mupace.schedules import Curve, Schedule
@@ -219,7 +219,9 @@ class Pacer(LRScheduler):
         here = float(getattr(self.clock, h.axis))
         if h.axis == "second":
             return here
-        return here + OFFSET[curve.sample] * (float(h.from_steps(h.to_steps(here, h.axis) + 1, h.axis)) - here)
+        there = float(h.from_steps(h.to_steps(here, h.axis) + 1, h.axis))
+        there = min(there, h.length) if curve.sample == "midpoint" and here < h.length else there
+        return here + OFFSET[curve.sample] * (there - here)
 
     def _groups(self) -> list[Group]:
         """The param groups as they are now: loads and trainers replace the dicts, so they are never kept."""
@@ -435,24 +437,13 @@ class Pacer(LRScheduler):
         """
         load(self, state_dict)
 
-    def _restore(self, n: int, saved: Saved, verdict: Verdict) -> None:
-        """Take over a saved state whose plan has been compared with ours."""
-        before = self.get_last_lr()
-        self.journal = list(saved.journal)
-        self._specs = verdict.specs
-        if verdict.follow_saved:
-            self._planned, self.curve = saved.planned, saved.curve
-            self._planned_fields, self.fields = dict(saved.planned_fields), dict(saved.fields)
+    def _take(self, n: int, clock: Clock | None, plan: Plan) -> None:
+        """Follow a plan from a position of another run, or of this one in another process."""
+        self.curve, self.fields, self._specs = plan.curve, dict(plan.fields), list(plan.specs)
         self._clock = None
         self._move(n, None)
-        if saved.clock is not None:
-            self._clock = saved.clock
-        elif self._timed():
-            self._clock = self.curve.horizon.clock(n)
+        self._clock = self.curve.horizon.clock(n) if clock is None and self._timed() else clock
         self._impose()
-        if verdict.difference:
-            rule = f"resume/{self.on_mismatch}"
-            self._log(rule, {"difference": verdict.difference}, before, "the saved plan differed")
 
     def _impose(self) -> None:
         """Write our bases and rates over whatever a load has left in the groups."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mupace.errors import ConfigError, StateError
 from mupace.pacer.arguments import whole
+from mupace.pacer.changes import Plan
 from mupace.pacer.lanes import OWN, GroupSpec
 from mupace.schedules import Curve
 from mupace.units import Clock
@@ -52,7 +53,7 @@ def load(pacer: Pacer, state: Mapping[str, Any]) -> None:
         n, saved = _updates(state), Saved.read(json.loads(state["pacer"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise StateError(f"pacer state cannot be read: {e!r}; legal is what state_dict() gave") from None
-    pacer._restore(n, saved, reconcile(pacer, saved))
+    take_over(pacer, n, saved, reconcile(pacer, saved))
 
 
 def _updates(state: Mapping[str, Any]) -> int:
@@ -91,11 +92,34 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a load does: whose plan is followed, the group specifications to use, and the difference found."""
+    """What a load does: whose plan is followed; the groups to use, and as they were saved; the difference found."""
 
     follow_saved: bool
     specs: list[GroupSpec]
+    saved: list[GroupSpec]
     difference: str
+
+
+def take_over(pacer: Pacer, n: int, saved: Saved, verdict: Verdict) -> None:
+    """Go on from a saved state whose plan has been compared with ours; if they differ, the journal says so."""
+    own = Plan(curve=pacer.curve, fields=pacer.fields, specs=tuple(verdict.specs))
+    pacer.journal = list(saved.journal)
+    pacer._take(n, saved.clock, Plan(curve=saved.curve, fields=saved.fields, specs=tuple(verdict.saved)))
+    before, old = pacer.get_last_lr(), str(saved.curve.schedule)
+    if verdict.follow_saved:
+        pacer._planned, pacer._planned_fields = saved.planned, dict(saved.planned_fields)
+    else:
+        pacer._take(n, saved.clock, own)
+    if verdict.difference:
+        peaks = dict(zip(pacer.names, pacer.base_lrs, strict=True))
+        what = {"difference": verdict.difference, "from": old, "to": str(pacer.curve.schedule), "peaks": peaks}
+        pacer._log(f"resume/{pacer.on_mismatch}", what, before, "the saved plan differed")
+
+
+def _told(saved: Mapping[str, Any], here: Mapping[str, Any], owner: str) -> str:
+    """The first key of two plans that differs."""
+    key = next(k for k in sorted(saved.keys() | here.keys()) if saved.get(k) != here.get(k))
+    return f"{owner} {key}={saved.get(key)!r} was saved, {here.get(key)!r} is given"
 
 
 def reconcile(pacer: Pacer, saved: Saved) -> Verdict:
@@ -107,16 +131,16 @@ def reconcile(pacer: Pacer, saved: Saved) -> Verdict:
     specs = _in_order(pacer, saved.groups)
     difference = _difference(pacer, saved, specs)
     if not difference:
-        return Verdict(True, specs, "")
+        return Verdict(True, specs, specs, "")
     if pacer.on_mismatch == "error":
         raise StateError(
             f"the checkpoint's plan is not this one: {difference}; legal are on_mismatch='checkpoint' (follow the "
             "saved plan) and 'config' (follow this one from the saved position)"
         )
     if pacer.on_mismatch == "config":  # the plan is ours; when a group joined is history
-        specs = [_since(pacer, now, then, saved) for now, then in zip(pacer.groups, specs, strict=True)]
-        return Verdict(False, specs, difference)
-    return Verdict(True, specs, difference)
+        mine = [_since(pacer, now, then, saved) for now, then in zip(pacer.groups, specs, strict=True)]
+        return Verdict(False, mine, specs, difference)
+    return Verdict(True, specs, specs, difference)
 
 
 def _since(pacer: Pacer, spec: GroupSpec, then: GroupSpec, saved: Saved) -> GroupSpec:
@@ -153,7 +177,7 @@ def _difference(pacer: Pacer, saved: Saved, specs: Sequence[GroupSpec]) -> str:
     if planned.schedule != here.schedule:
         return f"schedule {str(planned.schedule)!r} was saved, {str(here.schedule)!r} is given"
     if planned.horizon != here.horizon:
-        return f"horizon {planned.horizon.to_dict()} was saved, {here.horizon.to_dict()} is given"
+        return _told(planned.horizon.to_dict(), here.horizon.to_dict(), "horizon")
     if planned.floor != here.floor:
         return f"floor={planned.floor} was saved, {here.floor} is given"
     if saved.planned_fields != pacer._planned_fields:

@@ -125,9 +125,21 @@ class Curve:
 
     def updates(self, start: int = 0, stop: int | None = None) -> Array:
         """The factors that updates start, start + 1, … stop − 1 are given (see `Schedule.sample`), (stop − start,)."""
-        stop = self.steps if stop is None else stop
-        found: Array = self(np.arange(start, stop, dtype=np.float64) + OFFSET[self.sample])
+        found: Array = self(self.sampled_at(start, self.steps if stop is None else stop))
         return found
+
+    def sampled_at(self, start: int, stop: int) -> Array:
+        """Where, in steps, updates start … stop − 1 look at the curve.
+
+        The last update of a run whose total is no whole number of updates has only a part of its interval inside the
+        run; the middle of that part is its midpoint.
+        """
+        x = np.arange(start, stop, dtype=np.float64) + OFFSET[self.sample]
+        if self.sample == "midpoint" and self.horizon.steps is not None:
+            end, last = float(self.horizon.to_steps(self.horizon.length, self.horizon.axis)), self.horizon.steps - 1
+            if start <= last < stop and end < last + 1:
+                x[last - start] = (last + end) / 2
+        return x
 
     def _scalar(self, x: float) -> float:
         if not x >= 0:
