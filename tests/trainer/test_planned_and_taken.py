@@ -38,6 +38,16 @@ def test_every_group_follows_its_plan_through_an_extension() -> None:
         assert trace.deviation < 1e-12, name
 
 
+def test_a_total_that_is_no_whole_number_of_updates() -> None:
+    """The last update has a part of its interval in the run, and takes its rate from there."""
+    _, record = run(config("740 tokens", groups__rules=RULES))  # 11.6 updates of 64 tokens
+    assert record.updates["step"][-1] == 12
+    for name, trace in by_group(traces(record)).items():
+        assert trace.deviation is not None, name
+        assert trace.deviation < 1e-12, name
+        assert trace.taken[-1] > 0, name
+
+
 def test_a_rate_that_was_not_planned_shows() -> None:
     """The negative control: one update's rate is changed in the record."""
     run(config(12, groups__rules=RULES))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from mupace.cli.settings import GivenPath
+
 
 def check(
-    config: Path,
+    config: GivenPath,
     /,
     *,
     set_: Annotated[list[str] | None, Parameter(name="--set")] = None,

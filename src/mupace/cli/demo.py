@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from mupace.cli.settings import GivenPath
 from mupace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ MADE = re.compile(
 
 def demo(
     *,
-    out: Path = Path("runs/demo"),
+    out: GivenPath = Path("runs/demo"),
     text: Annotated[list[str] | None, Parameter(name="--text")] = None,
     set_: Annotated[list[str] | None, Parameter(name="--set")] = None,
     kill: Annotated[bool, Parameter(negative="--no-kill")] = True,

@@ -17,7 +17,7 @@ def params(
     *,
     set_: Annotated[list[str] | None, Parameter(name="--set")] = None,
     select: str | None = None,
-    groups: bool = True,
+    groups: Annotated[bool, Parameter(negative="--no-groups")] = True,
     lr: float = 1.0,
     weight_decay: float = 0.1,
     layer_decay: float | None = None,

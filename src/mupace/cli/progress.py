@@ -14,7 +14,7 @@ Progress = Callable[[dict[str, Any]], None]
 def shown(quiet: bool) -> Iterator[Progress]:
     """A progress callback for the trainer."""
     if quiet:
-        yield lambda row: None
+        yield lambda row: print(row["message"], file=sys.stderr) if row.get("problem") else None
     elif sys.stdout.isatty():
         with _bar() as progress:
             yield progress

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from mupace.cli.settings import GivenPath
 
 
-def report(run: Path, /, *, out: Path | None = None) -> None:
+def report(run: GivenPath, /, *, out: GivenPath | None = None) -> None:
     """Make one HTML page of a run, with no network use.
 
     Parameters

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter, validators
 
+from mupace.cli.settings import GivenPath, Whole
 from mupace.errors import ConfigError
 from mupace.files import write_whole
 from mupace.schedules import PRESETS, Curve, batch_scaled, cosine, noam, noam_peak, preset, retotal, wsd
@@ -40,10 +41,10 @@ class Rates:
         The size of the data set; converts epochs.
     """
 
-    tokens_per_step: int | None = None
-    samples_per_step: int | None = None
-    tokens_per_sample: int | None = None
-    samples_per_epoch: int | None = None
+    tokens_per_step: Whole | None = None
+    samples_per_step: Whole | None = None
+    tokens_per_sample: Whole | None = None
+    samples_per_epoch: Whole | None = None
 
 
 @Parameter(name="*")
@@ -64,9 +65,9 @@ class Sources:
     """
 
     preset: list[str] | None = None
-    config: Path | None = None
+    config: GivenPath | None = None
     floor: float | None = None
-    d_model: int = 512
+    d_model: Whole = 512
 
 
 @Parameter(name="*")
@@ -84,9 +85,9 @@ class Outputs:
         Write every update's factor (and learning rate) to this CSV file.
     """
 
-    rows: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 20
-    plot: Path | None = None
-    csv: Path | None = None
+    rows: Annotated[Whole, Parameter(validator=validators.Number(gte=1))] = 20
+    plot: GivenPath | None = None
+    csv: GivenPath | None = None
 
 
 @Parameter(name="*")
@@ -104,7 +105,7 @@ class NewTotal:
         How the curve follows: hold (the stable phase goes on), redecay (the last phase anew), stretch.
     """
 
-    at: int | None = None
+    at: Whole | None = None
     new_total: str | None = None
     rule: Literal["hold", "redecay", "stretch"] = "hold"
 
@@ -137,7 +138,7 @@ def schedule(
     texts: Annotated[list[str] | None, Parameter(name="text")] = None,
     /,
     *,
-    total: str = DEFAULT_TOTAL,
+    total: str | None = None,
     rates: Rates = Rates(),
     sources: Sources = Sources(),
     presets: bool = False,
@@ -155,7 +156,7 @@ def schedule(
     texts
         Schedules, such as "warmup 2% | hold 78% | sqrt 20% -> 0"; several are compared.
     total
-        Length of the run with its unit: "2000 steps", "1.2B tokens", "3 epochs".
+        Length of the run with its unit: "2000 steps", "1.2B tokens", "3 epochs"; 100_000 steps when not given.
     presets
         List the presets with their sources, and stop.
     peak
@@ -164,7 +165,8 @@ def schedule(
     if presets:
         _list_presets()
         return
-    horizon = Horizon(total=Span.parse(total, "--total"), **asdict(rates))
+    _refuse_idle(total, peak, sources, new_batch)
+    horizon = Horizon(total=Span.parse(DEFAULT_TOTAL if total is None else total, "--total"), **asdict(rates))
     curves, peaks = _curves(texts or [], sources, horizon)
     peak = _scaled_peak(peak, new_batch)
     if peak is not None:
@@ -181,6 +183,17 @@ def schedule(
         _write_csv(curves, outputs.csv, peaks)
 
 
+def _refuse_idle(total: str | None, peak: float | None, sources: Sources, batch: NewBatch) -> None:
+    """Options that would be without effect, or that no curve can take."""
+    for name, value in (("--total", total), ("--floor", sources.floor)):
+        if sources.config is not None and value is not None:
+            raise ConfigError(f"{name} {value!r} beside --config: legal is one of them; the file has its own")
+    if peak is not None and not 0 < peak < float("inf"):
+        raise ConfigError(f"--peak {peak}: legal is a positive number")
+    if batch.critical is not None and batch.scale_batch is None:
+        raise ConfigError("--critical has no effect without --scale-batch OLD:NEW")
+
+
 def _curves(texts: list[str], sources: Sources, horizon: Horizon) -> tuple[dict[str, Curve], dict[str, float]]:
     """What to show, by name, and the peaks that are known."""
     names, floor, d_model = sources.preset or [], sources.floor, sources.d_model
@@ -195,9 +208,10 @@ def _curves(texts: list[str], sources: Sources, horizon: Horizon) -> tuple[dict[
         curves[str(curve.schedule)], peaks[str(curve.schedule)] = curve, run.optimizer.lr
     if curves:
         return curves, peaks
-    warmup = "4000 steps"
+    warmup = "4%"  # 4000 of the 100,000 steps of the default
+    height = f", peak {noam_peak(d_model, round(horizon.steps * 0.04)):.3g}" if horizon.steps else ""
     default = {
-        f"Noam (d_model {d_model}, peak {noam_peak(d_model, 4000):.3g})": noam(warmup),
+        f"Noam (d_model {d_model}{height})": noam(warmup),
         "cosine": cosine(warmup, floor=0.1),
         "WSD": wsd(warmup),
     }
@@ -225,6 +239,8 @@ def _replanned(curves: Mapping[str, Curve], change: NewTotal) -> dict[str, Curve
         raise ConfigError("--at and --new-total go together, such as --at 500 --new-total '2000 steps' --rule hold")
     found = {}
     for name, curve in curves.items():
+        if at > curve.steps:
+            raise ConfigError(f"--at {at} lies after the end of the run ({curve.steps} updates)")
         new = retotal(curve, total, at, rule)
         before, after = curve.updates(at, at + 1)[0], new.updates(at, at + 1)[0]
         print(f"{name}: at update {at}, total {curve.horizon.total} -> {new.horizon.total} by {rule}:")

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from mupace.errors import ConfigError
 
 if TYPE_CHECKING:
     from mupace.trainer.config import RunConfig
+
+
+def _whole(kind: Any, tokens: Sequence[Any]) -> int:
+    text = tokens[0].value
+    try:
+        return int(text)  # "1.5" is refused here, where a plain int() of a float would cut it
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+def _path(kind: Any, tokens: Sequence[Any]) -> Path:
+    if not tokens[0].value.strip():
+        raise ValueError("an empty path; legal is a file or a folder ('.' is the present one)")
+    return Path(tokens[0].value)
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+GivenPath = Annotated[Path, Parameter(converter=_path)]
 
 
 def load_config(path: Path, changes: Sequence[str]) -> RunConfig:

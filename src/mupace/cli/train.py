@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from mupace.cli.settings import GivenPath
 from mupace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Path,
+    config: GivenPath,
     /,
     *,
-    out: Path,
+    out: GivenPath,
     set_: Annotated[list[str] | None, Parameter(name="--set")] = None,
     extend: str | None = None,
     cut: str | None = None,
     branch: str | None = None,
     rule: Literal["hold", "redecay", "stretch"] = "hold",
+    shape: str = "sqrt",
+    end: float = 0.0,
+    again: bool = False,
     reason: str = "",
     quiet: bool = False,
 ) -> int:
@@ -47,6 +50,12 @@ def train(
         On resuming, start a cooldown of this length here.
     rule
         How the curve follows a new end: hold, redecay, stretch.
+    shape
+        Of the cooldown that --branch starts.
+    end
+        Where that cooldown ends, a fraction of the peak.
+    again
+        Let --branch start from a curve that is already decaying.
     reason
         Why the plan is changed; kept in the record.
     quiet
@@ -57,24 +66,25 @@ def train(
     from mupace.trainer.loop import train as run
 
     settings = load_config(config, set_ or [])
+    changes: dict[str, Callable[[Pacer], None]] = {}
+    if extend is not None:
+        changes["--extend"] = lambda pacer: pacer.extend(extend, rule=rule, reason=reason)
+    if cut is not None:
+        changes["--cut"] = lambda pacer: pacer.cut(cut, rule=rule, reason=reason)
+    if branch is not None:
+        changes["--branch"] = lambda pacer: pacer.branch(branch, shape, end, again, reason)
     with shown(quiet) as progress:
-        result = run(settings, out, progress=progress, replan=_replan(extend, cut, branch, rule, reason))
+        result = run(settings, out, progress=progress, replan=_one(changes, reason))
     return finish(result)
 
 
-def _replan(
-    extend: str | None, cut: str | None, branch: str | None, rule: Literal["hold", "redecay", "stretch"], reason: str
-) -> Callable[[Pacer], None] | None:
-    given = [name for name, value in (("--extend", extend), ("--cut", cut), ("--branch", branch)) if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} are given; legal is one of them")
-    if extend is not None:
-        return lambda pacer: pacer.extend(extend, rule=rule, reason=reason)
-    if cut is not None:
-        return lambda pacer: pacer.cut(cut, rule=rule, reason=reason)
-    if branch is not None:
-        return lambda pacer: pacer.branch(branch, reason=reason)
-    return None
+def _one(changes: Mapping[str, Callable[[Pacer], None]], reason: str) -> Callable[[Pacer], None] | None:
+    """The one change of plan that was asked for."""
+    if len(changes) > 1:
+        raise ConfigError(f"{' and '.join(changes)} are given; legal is one of them")
+    if reason and not changes:
+        raise ConfigError(f"--reason {reason!r} without a change; legal is with --extend, --cut or --branch")
+    return next(iter(changes.values()), None)
 
 
 def finish(result: Result) -> int:

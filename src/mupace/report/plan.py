@@ -96,7 +96,18 @@ def _taken(run: Run, name: str) -> tuple[Floats, Floats]:
         return _EMPTY, _EMPTY
     used = np.isfinite(rates) & ~run.updates.get("skipped", np.zeros(len(steps), dtype=bool))
     back = _BACK.get(str(run.header.get("sample", "midpoint")), 0.5)
-    return steps[used] - back, rates[used]
+    return _within_the_run(run, steps[used] - back), rates[used]
+
+
+def _within_the_run(run: Run, x: Floats) -> Floats:
+    """The last update of a total that is no whole number of updates looks at the middle of what is left of it."""
+    plans = [_curve(run, row) for row in (run.header, *run.of_type("replan"))]
+    known = [curve for curve in plans if curve is not None]
+    if not known or run.header.get("sample", "midpoint") != "midpoint":
+        return x
+    steps = known[-1].steps
+    (last,) = known[-1].sampled_at(steps - 1, steps)
+    return np.where(x == steps - 0.5, last, x)
 
 
 def _segments(run: Run, group: Row) -> list[_Segment]:

@@ -360,7 +360,7 @@ class Trainer:
 
     def _announce(self, record: Record, resumed: int | None) -> None:
         """The row that says what this run is; after a restart, the row that says from where it goes on."""
-        fresh = record.seq == 0
+        fresh = record.empty
         if not fresh:
             path = "" if resumed is None else checkpoint.name_of(resumed)
             record.write("resume", step=resumed or 0, path=path)
