@@ -55,7 +55,7 @@ def test_every_example_can_be_checked(example: Path, capsys: pytest.CaptureFixtu
     assert err == ""
     assert code in (0, 1)
     failed = {item["name"] for item in json.loads(out)["items"] if item["verdict"] == "fail"}
-    assert failed <= {"stage"}, "an example may have a small model's rate, above what is usual for a large one"
+    assert failed == set()
 
 
 def test_there_are_examples() -> None:
