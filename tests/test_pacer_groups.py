@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from torch.optim.lr_scheduler import LambdaLR
 
+import mupace
 from mupace import ConfigError, MupaceWarning, Pacer, StateError
 from pacing import CURVE, advance, parameters, sgd, update
 
@@ -267,3 +268,15 @@ class TestClipping:
                 pacer.clip_grad_norm_(bad)  # type: ignore[arg-type]
             with pytest.raises(ConfigError, match=f"clip value={bad!r}: legal is a positive number"):
                 pacer.clip_grad_value_(bad)  # type: ignore[arg-type]
+
+
+def test_a_group_without_names_joins_an_optimizer_with_names() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(mupace.groups(model, lr=0.1))
+    pacer = mupace.Pacer(optimizer, mupace.schedule("hold", total="9 steps"))
+    extra = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2))]
+    pacer.add_param_group({"params": extra, "lr": 0.2, "name": "new"})
+    assert optimizer.param_groups[-1]["param_names"] == ["new.0", "new.1"]
+    assert pacer.get_last_lr()[-1] == 0.2
+    pacer.add_param_group({"params": [("mine", torch.nn.Parameter(torch.ones(1)))], "lr": 0.3, "name": "more"})
+    assert optimizer.param_groups[-1]["param_names"] == ["mine"]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from mupace.errors import one_of
+
 Verdict: TypeAlias = Literal["pass", "fail", "n/a"]
 _WIDTH = 112
 
@@ -74,7 +76,10 @@ class Report:
         return tuple(item.name for item in self.items if item.verdict == "fail")
 
     def __getitem__(self, name: str) -> Item:
-        return next(item for item in self.items if item.name == name)
+        found = {item.name: item for item in self.items}
+        if name not in found:
+            raise one_of("item", name, found)
+        return found[name]
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

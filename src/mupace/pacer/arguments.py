@@ -6,6 +6,7 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from mupace.errors import ConfigError, one_of
@@ -86,3 +87,13 @@ def counted(tokens: object, samples: object) -> tuple[int | None, int | None]:
         None if tokens is None else whole("step", "tokens", tokens),
         None if samples is None else whole("step", "samples", samples),
     )
+
+
+def named(group: Mapping[str, Any], name: str, optimizer: Optimizer) -> dict[str, Any]:
+    """The group with names for its parameters where the optimizer's other groups have them: torch wants all or none."""
+    params = group["params"]
+    found = [params] if isinstance(params, torch.Tensor) else list(params)
+    others = any("param_names" in g for g in optimizer.param_groups)
+    if not others or any(isinstance(p, tuple) for p in found):
+        return {**group, "params": found}
+    return {**group, "params": [(f"{name}.{i}", p) for i, p in enumerate(found)]}

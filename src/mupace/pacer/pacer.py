@@ -14,7 +14,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from mupace.errors import ConfigError, StateError, one_of
 from mupace.gradients import clip_norm, clip_value
 from mupace.pacer import ranks
-from mupace.pacer.arguments import counted, curve_of, field_curves, optimizers_of, refuse_twice, refuse_untimed, whole
+from mupace.pacer.arguments import (
+    counted,
+    curve_of,
+    field_curves,
+    named,
+    optimizers_of,
+    refuse_twice,
+    refuse_untimed,
+    whole,
+)
 from mupace.pacer.changes import Plan, branched, refuse_jumps, repeaked, retotalled
 from mupace.pacer.lanes import Group, GroupSpec, note_base
 from mupace.pacer.restore import dump, load
@@ -287,7 +296,7 @@ class Pacer(LRScheduler):
         return self.get_lr()
 
     def used_lr(self) -> list[float]:
-        """The learning rates that the last applied update used, one per group (those of the next, before the first)."""
+        """The learning rates that the last applied update used (before the first: those of the next), per group."""
         return rates_of(self._used or self._writer.now)
 
     @property
@@ -305,7 +314,8 @@ class Pacer(LRScheduler):
 
         Args:
             group: as for `Optimizer.add_param_group`, with `lr` as its peak; may carry `name`, `schedule`, `floor`,
-                `unfreeze`, `rewarm` ("200 steps": rises from 0 over that length from now on).
+                `unfreeze`, `rewarm` ("200 steps": rises from 0 over that length from now on). Parameters without a
+                name get one where the others have one.
             optimizer: the index of the optimizer, when there are several.
         """
         if optimizer not in range(len(self.optimizers)):
@@ -314,16 +324,16 @@ class Pacer(LRScheduler):
         full = {**target.defaults, **group}
         spec = GroupSpec.read(full, len(self._specs), self.fields, self.curve, self._n, self._position())
         refuse_twice(spec.name, self.names)  # before the optimizer has it
-        target.add_param_group(group)
+        target.add_param_group(named(group, spec.name, target))
         self._write()
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         return (p for g in self._groups() for p in g["params"] if p.grad is not None)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale all gradients by min(1, c/‖g‖), ‖g‖ over every parameter of every group; returns ‖g‖ before.
+        """Scale all gradients by min(1, c/‖g‖), ‖g‖ over all groups; returns ‖g‖ before, on its device.
 
-        Call it after `scaler.unscale_(optimizer)` when a GradScaler is used. The norm stays on its device.
+        Call it after `scaler.unscale_(optimizer)` when a GradScaler is used.
         """
         self.last_grad_norm = clip_norm(self._parameters(), max_norm, norm_type)
         return self.last_grad_norm
