@@ -314,7 +314,7 @@ class Pacer(LRScheduler):
 
         Args:
             group: as for `Optimizer.add_param_group`, with `lr` as its peak; may carry `name`, `schedule`, `floor`,
-                `unfreeze`, `rewarm` ("200 steps": rises from 0 over that length). Unnamed parameters get names if needed.
+                `unfreeze`, `rewarm` ("200 steps": rises from 0 over that length). Names are added if needed.
             optimizer: the index of the optimizer, when there are several.
         """
         if optimizer not in range(len(self.optimizers)):
