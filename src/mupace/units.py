@@ -162,10 +162,7 @@ class Clock:
     def plus(self, *, step: int = 1, token: int = 0, sample: int = 0, second: float = 0.0) -> Clock:
         """The position after `step` more updates that consumed this much."""
         return Clock(
-            step=self.step + step,
-            token=self.token + token,
-            sample=self.sample + sample,
-            second=self.second + second,
+            step=self.step + step, token=self.token + token, sample=self.sample + sample, second=self.second + second
         )
 
     def to_dict(self) -> dict[str, float]:
@@ -477,11 +474,8 @@ def _start_steps(ramp: Ramp, unit: Unit, per_sample: int | None) -> list[int]:
     """The update at which each batch size takes over: the first one at or after the written position."""
     steps, done = [0], 0
     for (_, rate), (at, _) in itertools.pairwise(ramp):
-        if at.unit == "step":
-            n = math.ceil(at.value) - steps[-1]
-        else:
-            n = math.ceil((_same_unit(at, unit, per_sample) - done) / rate)
-        n = max(n, 0)  # two sizes that take over within one update: the later one
+        ahead = at.value - steps[-1] if at.unit == "step" else (_same_unit(at, unit, per_sample) - done) / rate
+        n = max(math.ceil(ahead), 0)  # 0: two sizes take over within one update, and the later one counts
         steps.append(steps[-1] + n)
         done += n * rate
     return steps
