@@ -265,8 +265,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     Path("empty.txt").write_text("")
     Path("latin.txt").write_bytes("café\n".encode("latin-1") * 2000)
     arguments, hint = BAD[case]
-    code, _, err = call(capsys, *[str(place / "run.toml") if a == "C" else a for a in arguments])
+    code, out, err = call(capsys, *[str(place / "run.toml") if a == "C" else a for a in arguments])
     assert code == 2
+    assert "factor" not in out, "no table before the error"
     assert err.startswith("mupace: error: ")
     assert err.count("\n") == 1
     assert hint in err

@@ -16,7 +16,8 @@ from mupace._version import __version__
 
 COMMANDS = {
     "demo": "Train a small Transformer on real text, kill it, resume it, and write the report.",
-    "schedule": "Show schedules: as a table, as a picture, several compared; preview a change of the horizon.",
+    "schedule": "Show schedules: as a table, as a picture, several compared; preview a change of the horizon. "
+    "Without a text: Noam, cosine and WSD, drawn to schedules.png.",
     "params": "Show every parameter of a model with its role, and the groups that rules make of them.",
     "train": "Train from a config file; continues from the newest complete checkpoint.",
     "check": "Run the pre-flight list against a config file.",

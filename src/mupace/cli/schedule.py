@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -174,13 +173,12 @@ def schedule(
     if new_total.given:
         curves |= _replanned(curves, new_total)
         peaks = dict.fromkeys(curves, peak) if peak is not None else {}
-    for name, curve in curves.items():
-        print(f"{name}\n{curve.table(outputs.rows, peaks.get(name))}\n")
+    tables = [f"{name}\n{curve.table(outputs.rows, peaks.get(name))}\n" for name, curve in curves.items()]
     default = None if texts or sources.preset or sources.config else Path("schedules.png")
-    if plot := outputs.plot or default:
-        _draw(curves, plot, peaks)
+    written = [_draw(curves, plot, peaks)] if (plot := outputs.plot or default) else []
     if outputs.csv is not None:
-        _write_csv(curves, outputs.csv, peaks)
+        written.append(_write_csv(curves, outputs.csv, peaks))
+    print("\n".join([*tables, *written]))  # only when nothing was wrong with what was to be written
 
 
 def _refuse_idle(total: str | None, peak: float | None, sources: Sources, batch: NewBatch) -> None:
@@ -249,14 +247,14 @@ def _replanned(curves: Mapping[str, Curve], change: NewTotal) -> dict[str, Curve
     return found
 
 
-def _draw(curves: dict[str, Curve], path: Path, peaks: dict[str, float]) -> None:
+def _draw(curves: dict[str, Curve], path: Path, peaks: dict[str, float]) -> str:
     from mupace.schedules.plot import plot_curves
 
     plot_curves(curves, path, peaks=peaks or None)
-    print(f"drawn: {path}")
+    return f"drawn: {path}"
 
 
-def _write_csv(curves: Mapping[str, Curve], path: Path, peaks: Mapping[str, float]) -> None:
+def _write_csv(curves: Mapping[str, Curve], path: Path, peaks: Mapping[str, float]) -> str:
     """One row per update, one column per curve; the file appears whole."""
     longest = max(c.steps for c in curves.values())
     columns = [c.updates(0, longest) * peaks.get(name, 1.0) for name, c in curves.items()]
@@ -265,7 +263,7 @@ def _write_csv(curves: Mapping[str, Curve], path: Path, peaks: Mapping[str, floa
     writer.writerow(["update", *curves])
     writer.writerows([i, *(repr(float(c[i])) for c in columns)] for i in range(longest))
     write_whole(path, text.getvalue(), "--csv")
-    print(f"written: {path} ({longest} updates)", file=sys.stderr)
+    return f"written: {path} ({longest} updates)"
 
 
 def _list_presets() -> None:
