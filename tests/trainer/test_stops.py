@@ -308,3 +308,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew() -> None:
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints is whole"):
         train(c, "run")
     assert Path("run/record.rank0.jsonl").read_bytes() == before
+
+
+def test_what_falls_due_during_a_skipped_update_is_done_after_the_next() -> None:
+    """Updates of 0.6 s, the second one skipped: the first second ends in it, and the save follows update 2."""
+
+    class Timed(Trainer):
+        calls = 0
+
+        def _update(self, record: Any) -> bool:
+            self.calls += 1
+            self.seconds += 0.6
+            self.pacer.step(applied=self.calls != 2)
+            self.unsaved = True
+            return self.calls != 2
+
+    Timed(prepare(config(4, checkpoint__every="1 s")), Path("run"), lambda row: None).run()
+    assert [row["step"] for row in read("run").of_type("checkpoint")] == [2, 3, 4]
