@@ -15,9 +15,11 @@ SRC = Path(mupace.__file__).parent
 LAYERS = (
     ("errors", "units", "files", "_version"),
     ("schedules", "params", "scales"),
-    ("record", "optimizers", "gradients"),
+    ("record", "optimizers", "gradients", "structure"),
+    ("scaling",),
     ("pacer",),
     ("report", "trainer", "checks"),
+    ("tune",),
     ("integrations", "cli", "__init__", "__main__"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -26,9 +26,9 @@ from mupace.units import Clock, Horizon, Span
 
 if TYPE_CHECKING:
     from mupace.checks import preflight
-    from mupace.optimizers import optimizer
+    from mupace.optimizers import optimizer, register_optimizer
     from mupace.pacer import Pacer
-    from mupace.params import ParamTable, param_table
+    from mupace.params import ParamTable, param_table, register_module
     from mupace.scales import (
         Rule,
         freeze,
@@ -41,11 +41,15 @@ if TYPE_CHECKING:
         scale,
         unfreeze,
     )
+    from mupace.scaling import Duration, Plan, RuleSet, parametrize, register_rules
 
 _LAZY = {
+    "Duration": "mupace.scaling",
     "Pacer": "mupace.pacer",
     "ParamTable": "mupace.params",
+    "Plan": "mupace.scaling",
     "Rule": "mupace.scales",
+    "RuleSet": "mupace.scaling",
     "freeze": "mupace.scales",
     "freeze_parameters": "mupace.scales",
     "groups": "mupace.scales",
@@ -54,7 +58,11 @@ _LAZY = {
     "optimizer": "mupace.optimizers",
     "pace": "mupace.scales",
     "param_table": "mupace.params",
+    "parametrize": "mupace.scaling",
     "preflight": "mupace.checks",
+    "register_module": "mupace.params",
+    "register_optimizer": "mupace.optimizers",
+    "register_rules": "mupace.scaling",
     "role_policy": "mupace.scales",
     "scale": "mupace.scales",
     "unfreeze": "mupace.scales",
@@ -66,6 +74,7 @@ __all__ = [
     "ConfigError",
     "Curve",
     "DataError",
+    "Duration",
     "Horizon",
     "MatchError",
     "MupaceError",
@@ -73,7 +82,9 @@ __all__ = [
     "Pacer",
     "ParamTable",
     "Phase",
+    "Plan",
     "Rule",
+    "RuleSet",
     "Schedule",
     "Span",
     "StateError",
@@ -86,7 +97,11 @@ __all__ = [
     "optimizer",
     "pace",
     "param_table",
+    "parametrize",
     "preflight",
+    "register_module",
+    "register_optimizer",
+    "register_rules",
     "role_policy",
     "scale",
     "schedule",

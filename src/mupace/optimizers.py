@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,31 @@ class OptimizerSpec:
     eps: str | None = None
     """Key of the eps that is added to the root of the second moment, None where there is none."""
     gradient_power: int = 0
-    """Power of k by which the update grows when the gradient is multiplied by k (eps aside)."""
+    """Power of k by which the update grows when the gradient is multiplied by k (eps aside): 1 for SGD, 0 for Adam,
+    Lion and Muon."""
+    shape_factor: Callable[[tuple[int, ...], Mapping[str, Any]], float] | None = None
+    """For an optimizer whose update is an orthogonal matrix: what it multiplies it by, from the tensor's shape and the
+    options. None: the update is taken element by element."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options that differ from the class's own defaults."""
     matrices: tuple[str, ...] = ()
     """Roles it is restricted to, two-dimensional tensors alone; () takes everything."""
     rest: str | None = None
     """Name of the optimizer for the other tensors."""
+
+
+def muon_factor(shape: tuple[int, ...], options: Mapping[str, Any]) -> float:
+    """What torch's Muon multiplies an orthogonal update by: `adjust_lr_fn` of torch.optim.Muon, A rows and B columns.
+
+    "match_rms_adamw": 0.2 · sqrt(max(A, B)) (Liu et al., arXiv 2502.16982, section 2.2); "original" (torch's default):
+    sqrt(max(1, A/B)).
+    """
+    rows, columns = shape[:2]
+    name = options.get("adjust_lr_fn") or "original"
+    factors = {"original": math.sqrt(max(1.0, rows / columns)), "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns))}
+    if name not in factors:
+        raise one_of("adjust_lr_fn", name, factors)
+    return factors[name]
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
@@ -66,9 +85,12 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         decay="decoupled",
         momentum="momentum",
         defaults={"adjust_lr_fn": "match_rms_adamw"},
+        shape_factor=muon_factor,
         matrices=HIDDEN_MATRICES,
         rest="adamw",
     ),
+    # the sign of a momentum (Chen et al., arXiv 2302.06675); torch has none
+    "lion": OptimizerSpec(path="lion_pytorch:Lion", decay="decoupled", momentum="betas"),
 }
 """Name to how it is built. Muon's own `eps` guards a division in its orthogonalisation."""
 
@@ -82,6 +104,8 @@ def register_optimizer(name: str, spec: OptimizerSpec) -> None:
     """
     if spec.decay not in ("decoupled", "coupled"):
         raise one_of("decay", spec.decay, ("decoupled", "coupled"))
+    if spec.gradient_power not in (0, 1):
+        raise one_of("gradient_power", spec.gradient_power, ("0", "1"))
     if spec.rest is not None and spec.rest not in OPTIMIZERS:
         raise one_of("rest", spec.rest, OPTIMIZERS)
     OPTIMIZERS[name] = spec
@@ -155,7 +179,19 @@ def _split(spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]], table: Para
 
 
 def _takes(spec: OptimizerSpec, row: Param) -> bool:
-    return row.role in spec.matrices and len(row.shape) == 2
+    return not spec.matrices or (row.role in spec.matrices and len(row.shape) == 2)
+
+
+def spec_for(name: str, row: Param) -> OptimizerSpec:
+    """The optimizer that takes a tensor when `name` is asked for: its own, or that of the rest.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise one_of("optimizer", name, OPTIMIZERS)
+    spec = OPTIMIZERS[name]
+    return spec if _takes(spec, row) else OPTIMIZERS[spec.rest or "adamw"]
 
 
 def _build(
@@ -174,7 +210,10 @@ def _build(
 
 def _class(name: str, spec: OptimizerSpec) -> Any:
     module, _, attribute = spec.path.partition(":")
-    found = getattr(import_module(module), attribute, None)
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError:
+        raise ConfigError(f"optimizer={name!r} needs {module}, which is not installed") from None
     if found is None:
         import torch
 

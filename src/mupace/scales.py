@@ -28,8 +28,8 @@ from mupace.units import Span
 class Scales:
     """One row of dimensionless factors; `a * b` multiplies them field by field.
 
-    Every factor is finite and >= 0; 1 leaves the quantity alone. `groups` reads lr, weight_decay and eps;
-    init, forward, clip and moments are for parametrisations, which change more than the optimizer's groups.
+    Every factor is finite and >= 0; 1 leaves the quantity alone. `groups` reads lr, weight_decay, eps and clip;
+    init, forward and moments are for parametrisations, which change more than the optimizer's groups.
 
     >>> Scales(lr=0.5) * Scales(lr=0.5, eps=2.0)
     Scales(lr=0.25, weight_decay=1.0, eps=2.0, init=1.0, forward=1.0, clip=1.0, moments=1.0)
@@ -237,9 +237,10 @@ def groups(
 
     Tensors with the same values and the same pace share a group. The first group is the largest of those at
     the base lr. Keys: params (pairs of name and tensor), name, lr, weight_decay, eps (when given), and where
-    set floor, schedule and unfreeze, which the pacer reads. The model is not changed: a frozen tensor is in
-    no group, and keeps its gradient until `freeze_parameters(model, rules)` is called. torch's optimizers take
-    the dicts over and change them, so call `groups` once for each optimizer.
+    set clip (the weight of its squared gradient norm), floor, schedule and unfreeze, which the pacer reads. The
+    model is not changed: a frozen tensor is in no group, and keeps its gradient until
+    `freeze_parameters(model, rules)` is called. torch's optimizers take the dicts over and change them, so call
+    `groups` once for each optimizer.
 
     Args:
         model: a torch.nn.Module or its `ParamTable`.
@@ -375,11 +376,13 @@ def _setting(table: ParamTable, row: Param, rules: Sequence[Rule]) -> _Setting:
 
 def _merged(table: ParamTable, settings: Mapping[str, _Setting], bases: Mapping[str, float]) -> list[dict[str, Any]]:
     alike: dict[tuple[Any, ...], list[Param]] = {}
+    plain = all(setting.scales.clip == 1.0 for setting in settings.values())
     for row in table:
         if row.name in settings:
             setting = settings[row.name]
             values = tuple((name, base * getattr(setting.scales, name)) for name, base in bases.items())
-            alike.setdefault((*values, *setting.pace), []).append(row)
+            clip = () if plain else (("clip", setting.scales.clip),)
+            alike.setdefault((*values, *clip, *setting.pace), []).append(row)
     ordered = sorted(alike.items(), key=lambda item: _rank(item, bases["lr"]))
     names = unique_names(table, [rows for _, rows in ordered], [dict(key) for key, _ in ordered], bases)
     return [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mupace.errors import ConfigError, one_of
+from mupace.errors import ConfigError, StateError, one_of
 from mupace.pacer.lanes import Group, fields_of, has_field
 from mupace.schedules import Curve, Schedule
 from mupace.units import Horizon
@@ -50,6 +50,26 @@ def refuse_twice(name: str, names: Collection[str]) -> None:
     """A name is what a group is restored, logged and changed by, so it is one group's, over all optimizers."""
     if name in names:
         raise ConfigError(f"group {name!r}: another group has this name; legal are different names")
+
+
+def refuse_removal(optimizers: Sequence[Optimizer], had: Sequence[int]) -> None:
+    for optimizer, before in zip(optimizers, had, strict=True):
+        if (have := len(optimizer.param_groups)) < before:
+            raise StateError(f"the optimizer has {have} groups, it had {before}: groups cannot be removed")
+
+
+def refuse_order(groups: Sequence[Group], names: Sequence[str]) -> None:
+    """After a load every group must still be the one it was.
+
+    Raises:
+        StateError: naming the first that is another.
+    """
+    for group, name in zip(groups, names, strict=False):
+        if group.get("name", name) != name and group["name"] in names:
+            raise StateError(
+                f"the loaded optimizer state has group {group['name']!r} where group {name!r} is: its groups "
+                "are in another order; legal is the order in which they were saved"
+            )
 
 
 def refuse_untimed(n: int, horizon: Horizon) -> None:

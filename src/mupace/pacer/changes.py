@@ -17,7 +17,7 @@ from mupace.errors import ConfigError, one_of
 from mupace.pacer.lanes import GroupSpec
 from mupace.schedules import Curve, branch, retotal
 from mupace.schedules.replan import Rule
-from mupace.units import Clock, Span, is_number
+from mupace.units import Clock, Horizon, Span, is_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +76,18 @@ def branched(plan: Plan, length: Span | str, at: int | Clock, shape: str, end: f
         return branch(c, at, length, shape, min(end, float(c(at))), True)
 
     return Plan(curve=curve, fields=plan.fields, specs=_with_own(plan.specs, follow)).checked()
+
+
+def refuse_side(verb: str, total: Span | str, old: Horizon, new: Horizon) -> None:
+    """`extend` makes a run longer, `cut` shorter.
+
+    Raises:
+        ConfigError: the other way round.
+    """
+    later = new.length - old.length
+    if not (later > 0 if verb == "extend" else later < 0):
+        side, other = ("later", "cut") if verb == "extend" else ("earlier", "extend")
+        raise ConfigError(f"{verb}: total={str(total)!r} is not {side} than {str(old.total)!r}; use {other}")
 
 
 def refuse_jumps(old: Plan, new: Plan, position: float, rule: str) -> None:

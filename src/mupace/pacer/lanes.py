@@ -19,7 +19,7 @@ import torch
 from mupace.errors import ConfigError
 from mupace.pacer.updates import warn
 from mupace.schedules import Curve, Phase, Schedule, sampled
-from mupace.units import Array, Horizon, Span
+from mupace.units import Array, Horizon, Span, is_number
 
 Lane: TypeAlias = "tuple[Curve, ...]"
 Group: TypeAlias = "dict[str, Any]"
@@ -83,6 +83,7 @@ class GroupSpec:
             if not has_field(group, "lr"):
                 raise ConfigError(f"lr={group.get('lr')!r}; legal is a number, 0 or more")
             base = {f: base_of(group, f) for f in ("lr", *fields) if has_field(group, f)}
+            _refuse_weight(group)
             for field, value in base.items():
                 if not math.isfinite(value) or (field == "lr" and value < 0):
                     raise ConfigError(f"{field}={value!r}; legal is a finite number{', 0 or more' * (field == 'lr')}")
@@ -122,6 +123,13 @@ class GroupSpec:
             Phase(shape="hold", begin=1.0),
         )
         return Curve(Schedule(phases=phases, start=0.0, sample=curve.sample), h)
+
+
+def _refuse_weight(group: Group) -> None:
+    """`clip` is the weight ρ of the group's squared gradient norm."""
+    value = group.get("clip", 1.0)
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ConfigError(f"clip={value!r}; legal is a positive number")
 
 
 def _own_keys(group: Group) -> dict[str, Any]:

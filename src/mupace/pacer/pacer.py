@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from mupace.errors import ConfigError, StateError, one_of
-from mupace.gradients import clip_norm, clip_value
+from mupace.errors import ConfigError, one_of
+from mupace.gradients import Norms, Weighted, clip_norm, clip_value, norms
 from mupace.pacer import ranks
 from mupace.pacer.arguments import (
     counted,
@@ -20,17 +20,20 @@ from mupace.pacer.arguments import (
     field_curves,
     named,
     optimizers_of,
+    refuse_order,
+    refuse_removal,
     refuse_twice,
     refuse_untimed,
     whole,
 )
-from mupace.pacer.changes import Plan, branched, refuse_jumps, repeaked, retotalled
+from mupace.pacer.changes import Plan, branched, refuse_jumps, refuse_side, repeaked, retotalled
+from mupace.pacer.clock import measured, where
 from mupace.pacer.lanes import Group, GroupSpec, note_base
 from mupace.pacer.restore import dump, load
-from mupace.pacer.updates import Landed, untraced, warn
+from mupace.pacer.scaled import Scaled, scaled
+from mupace.pacer.updates import Landed, listen, untraced, warn
 from mupace.pacer.writer import Rates, Writer, rates_of
 from mupace.schedules import Curve, Schedule
-from mupace.schedules.curve import OFFSET
 from mupace.schedules.replan import Rule
 from mupace.units import Clock, Span
 
@@ -57,12 +60,15 @@ class Pacer(LRScheduler):
         fields: further hyper-parameters that follow a curve, as factors of the value they have now:
             {"weight_decay": curve, "momentum": "hold 80% | linear -> 0.9"}; `momentum` is β1 where there are betas;
             `beta1`, `beta2`, `eps` and any other number in the groups are legal too.
+        plan: of `mupace.parametrize`, when the groups were made by it: their ratios are part of what is saved, and
+            are compared when a state is loaded.
         on_mismatch: what `load_state_dict` does when the saved plan is not this one: "error" (default), "checkpoint"
             (follow the saved plan), "config" (follow this plan from the saved position). Never silent: the journal
             keeps a record.
 
     Raises:
         ConfigError: one line with the argument, what was given, what is legal.
+        StateError: a group that `plan` did not make.
 
     >>> import mupace, torch
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
@@ -82,6 +88,7 @@ class Pacer(LRScheduler):
         curve: Curve,
         *,
         fields: Mapping[str, Curve | Schedule | str] | None = None,
+        plan: Any = None,
         on_mismatch: Mismatch = "error",
     ) -> None:
         # The base class is not initialised on purpose: it patches optimizer.step, and fails on a compiled one.
@@ -93,8 +100,9 @@ class Pacer(LRScheduler):
         self.on_mismatch = on_mismatch
         self.fields = field_curves(fields, curve, [g for o in self.optimizers for g in o.param_groups])
         self._planned_fields = dict(self.fields)
+        values = scaled(plan, self.optimizers)
         self.journal: list[dict[str, Any]] = []
-        self.last_grad_norm: torch.Tensor | None = None
+        self.last_grad_norms: Norms | None = None
         self._n = self._idle = self._from = 0
         self._clock: Clock | None = Clock() if self._timed() else None  # None: it follows the plan
         self._wall = time.monotonic()
@@ -105,6 +113,8 @@ class Pacer(LRScheduler):
         self._had = [0 for _ in self.optimizers]  # groups per optimizer at the last look
         self._writer = Writer()
         self._adopt()
+        self._scaled = None if values is None else Scaled(plan=values, numbers={})
+        self._scaled = self._scaled_now()
         self._hook()
         self._write()
 
@@ -191,16 +201,11 @@ class Pacer(LRScheduler):
 
     def _measure(self, tokens: int | None, samples: int | None) -> None:
         """Take this update's real consumption; seconds are those of rank 0."""
-        last, planned = self.curve.horizon.clock(self._n - 1), self.curve.horizon.clock(self._n)
         elapsed = 0.0
         if self._timed():
             now = time.monotonic()
             elapsed, self._wall = ranks.from_rank_zero(now - self._wall), now
-        self._clock = (self._clock or last).plus(
-            token=planned.token - last.token if tokens is None else tokens,
-            sample=planned.sample - last.sample if samples is None else samples,
-            second=elapsed,
-        )
+        self._clock = measured(self._clock, self.curve.horizon, self._n, tokens, samples, elapsed)
 
     def _note_idle(self) -> None:
         self._idle += 1
@@ -216,27 +221,14 @@ class Pacer(LRScheduler):
         if len(groups) != len(self._specs):
             self._adopt()
             groups = self._groups()
-        self._writer.write(groups, self._n, None if self._clock is None else self._where)
-
-    def _where(self, curve: Curve) -> float:
-        """On a measured clock, the axis position whose value the next update is given.
-
-        The next update is taken to be as large as planned; how long it will take is not known, so on an axis of
-        seconds it is given the value at its start.
-        """
-        h = curve.horizon
-        here = float(getattr(self.clock, h.axis))
-        if h.axis == "second":
-            return here
-        there = float(h.from_steps(h.to_steps(here, h.axis) + 1, h.axis))
-        there = min(there, h.length) if curve.sample == "midpoint" and here < h.length else there
-        return here + OFFSET[curve.sample] * (there - here)
+        clock = self._clock
+        self._writer.write(groups, self._n, None if clock is None else lambda curve: where(curve, clock))
 
     def _groups(self) -> list[Group]:
         """The param groups as they are now: loads and trainers replace the dicts, so they are never kept."""
         if len(self.optimizers) == 1:
             return self.optimizer.param_groups
-        self._refuse_removal()
+        refuse_removal(self.optimizers, self._had)
         known = [self.optimizers[o].param_groups[g] for o, g in self._places]
         if sum(len(o.param_groups) for o in self.optimizers) == len(known):
             return known
@@ -248,8 +240,8 @@ class Pacer(LRScheduler):
         return sorted(places - set(self._places))
 
     def _adopt(self) -> None:
-        """Take in groups that are new since the last look, then lay out all writes."""
-        self._refuse_removal()
+        """Take in groups that are new since the last look, keep their bases beside the values, lay out all writes."""
+        refuse_removal(self.optimizers, self._had)
         for o, g in self._unknown():
             group, i = self.optimizers[o].param_groups[g], len(self._specs)
             spec = GroupSpec.read(group, i, self.fields, self.curve, self._n, self._position())
@@ -258,18 +250,9 @@ class Pacer(LRScheduler):
             self._places.append((o, g))
             note_base(group, spec)
         self._had = [len(o.param_groups) for o in self.optimizers]
-        self._record_bases()
-        self._lay_out()
-
-    def _refuse_removal(self) -> None:
-        for optimizer, had in zip(self.optimizers, self._had, strict=True):
-            if (have := len(optimizer.param_groups)) < had:
-                raise StateError(f"the optimizer has {have} groups, it had {had}: groups cannot be removed")
-
-    def _record_bases(self) -> None:
-        """Keep every base beside its value, as torch's schedulers do, for whoever looks after a load."""
-        for group, spec in zip(self._groups(), self._specs, strict=True):
+        for group, spec in zip(self._groups(), self._specs, strict=True):  # for whoever looks after a load
             group.update({f"initial_{name}": value for name, value in spec.base.items()})
+        self._lay_out()
 
     def _lay_out(self) -> None:
         self._writer.lay_out(self._groups(), self._specs, self.curve, self.fields)
@@ -326,20 +309,37 @@ class Pacer(LRScheduler):
         target.add_param_group(named(group, spec.name, target))
         self._write()
 
-    def _parameters(self) -> Iterator[torch.Tensor]:
-        return (p for g in self._groups() for p in g["params"] if p.grad is not None)
+    def _weighted(self) -> Weighted:
+        """The parameters with gradients, group by group, and what their squared norms count."""
+        rows = ((float(g.get("clip", 1.0)), g["params"]) for g in self._groups())
+        return [(rho, [p for p in params if p.grad is not None]) for rho, params in rows]
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale all gradients by min(1, c/‖g‖), ‖g‖ over all groups; returns ‖g‖ before, on its device.
+        """Scale all gradients by min(1, c/‖g‖_ρ), over all groups; returns ‖g‖_ρ before, on its device.
 
+            ‖g‖_ρ² = Σ_groups ρ · ‖g_group‖²
+
+        ρ is a group's `clip` (1 where it has none): with the groups of a plan a wide model clips when its base does.
         Call it after `scaler.unscale_(optimizer)` when a GradScaler is used.
+
+        Raises:
+            ConfigError: a bound that is not positive; a norm_type other than 2 where a ρ is not 1.
         """
-        self.last_grad_norm = clip_norm(self._parameters(), max_norm, norm_type)
-        return self.last_grad_norm
+        self.last_grad_norms = found = clip_norm(self._weighted(), max_norm, norm_type)
+        return found.used
 
     def clip_grad_value_(self, value: float) -> None:
         """Clamp every gradient element to [−value, value]."""
-        clip_value(self._parameters(), value)
+        clip_value([p for _, members in self._weighted() for p in members], value)
+
+    def grad_norms(self) -> Norms:
+        """(used, plain): ‖g‖_ρ by which `clip_grad_norm_` would clip now, and ‖g‖; on their device."""
+        return norms(self._weighted())
+
+    @property
+    def last_grad_norm(self) -> torch.Tensor | None:
+        """‖g‖_ρ before the last `clip_grad_norm_`; `last_grad_norms` has ‖g‖ too."""
+        return None if self.last_grad_norms is None else self.last_grad_norms.used
 
     def check_ranks(self) -> None:
         """Compare the update count and the rates in the optimizer over all ranks; nothing to do in a single process.
@@ -366,11 +366,7 @@ class Pacer(LRScheduler):
 
     def _retotal(self, verb: str, total: Span | str, rule: Rule, reason: str) -> None:
         new, kept = retotalled(self._plan(), total, self._at(), rule)
-        later = new.curve.horizon.length - self.curve.horizon.length
-        if not (later > 0 if verb == "extend" else later < 0):
-            side, other = ("later", "cut") if verb == "extend" else ("earlier", "extend")
-            old = str(self.curve.horizon.total)
-            raise ConfigError(f"{verb}: total={str(total)!r} is not {side} than {old!r}; use {other}")
+        refuse_side(verb, total, self.curve.horizon, new.curve.horizon)
         self._follow(new, f"{verb}/{rule}", reason, smooth=rule != "stretch", kept=kept)
 
     def branch(
@@ -446,8 +442,9 @@ class Pacer(LRScheduler):
         """
         load(self, state_dict)
 
-    def _take(self, n: int, clock: Clock | None, plan: Plan) -> None:
+    def _take(self, n: int, clock: Clock | None, plan: Plan, scaled: Scaled | None) -> None:
         """Follow a plan from a position of another run, or of this one in another process."""
+        self._scaled = scaled
         self.curve, self.fields, self._specs = plan.curve, dict(plan.fields), list(plan.specs)
         self._clock = None
         self._move(n, None)
@@ -458,20 +455,21 @@ class Pacer(LRScheduler):
         """Write our bases and rates over whatever a load has left in the groups."""
         if any(len(o.param_groups) < had for o, had in zip(self.optimizers, self._had, strict=True)):
             return  # the optimizer is being rebuilt: its own load follows, and calls this again
-        for group, spec in zip(self._groups(), self._specs, strict=False):
-            if group.get("name", spec.name) != spec.name and group["name"] in self.names:
-                raise StateError(
-                    f"the loaded optimizer state has group {group['name']!r} where group {spec.name!r} is: its groups "
-                    "are in another order; legal is the order in which they were saved"
-                )
+        refuse_order(self._groups(), self.names)
+        if self._scaled is not None:
+            self._scaled.put_back(self.names, self._groups())
         self._adopt()
         self._write()
+
+    def _scaled_now(self) -> Scaled | None:
+        """The plan of the parametrisation with the groups' present numbers."""
+        return None if self._scaled is None else self._scaled.now(self.names, self._groups(), self.fields)
 
     def _hook(self) -> None:
         """Listen to the optimizers; nothing here keeps the pacer alive."""
         this = weakref.ref(self)
 
-        def loaded(optimizer: Optimizer) -> None:
+        def loaded() -> None:
             pacer = this()
             if pacer is not None:
                 for landed in pacer._landed:
@@ -479,20 +477,14 @@ class Pacer(LRScheduler):
                 pacer._impose()
 
         self._landed = [Landed() for _ in self.optimizers]
-        for optimizer, landed in zip(self.optimizers, self._landed, strict=True):
-            handles = (
-                optimizer.register_step_post_hook(landed),
-                optimizer.register_load_state_dict_post_hook(loaded),
-            )
-            for handle in handles:
-                weakref.finalize(self, handle.remove)
+        listen(self, self._landed, loaded)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_landed", "_writer", "last_grad_norm")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_landed", "_writer", "last_grad_norms")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.last_grad_norm = None
+        self.last_grad_norms = None
         self._wall = time.monotonic()
         self._writer = Writer()
         self._hook()

@@ -16,6 +16,8 @@ from mupace.errors import ConfigError, StateError
 from mupace.pacer.arguments import whole
 from mupace.pacer.changes import Plan
 from mupace.pacer.lanes import OWN, GroupSpec
+from mupace.pacer.scaled import Scaled
+from mupace.pacer.scaled import difference as scaled_difference
 from mupace.schedules import Curve
 from mupace.units import Clock
 
@@ -38,6 +40,8 @@ def dump(pacer: Pacer) -> dict[str, Any]:
         "groups": [spec.to_dict() for spec in pacer.groups],
         "journal": pacer.journal,
     }
+    if (scaled := pacer._scaled_now()) is not None:
+        inner["scaled"] = scaled.to_dict()
     text = json.dumps(inner, allow_nan=False)
     return {"format": FORMAT, "last_epoch": pacer.last_epoch, "journaled": len(pacer.journal), "pacer": text}
 
@@ -76,6 +80,7 @@ class Saved:
     fields: Mapping[str, Curve]
     groups: Sequence[GroupSpec]
     journal: Sequence[dict[str, Any]]
+    scaled: Scaled | None
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> Saved:
@@ -87,6 +92,7 @@ class Saved:
             fields={name: Curve.from_dict(c) for name, c in state["fields"].items()},
             groups=[GroupSpec.from_dict(g) for g in state["groups"]],
             journal=[dict(row) for row in state["journal"]],
+            scaled=None if state.get("scaled") is None else Scaled.from_dict(state["scaled"]),
         )
 
 
@@ -102,14 +108,15 @@ class Verdict:
 
 def take_over(pacer: Pacer, n: int, saved: Saved, verdict: Verdict) -> None:
     """Go on from a saved state whose plan has been compared with ours; if they differ, the journal says so."""
-    own = Plan(curve=pacer.curve, fields=pacer.fields, specs=tuple(verdict.specs))
+    own, scaled = Plan(curve=pacer.curve, fields=pacer.fields, specs=tuple(verdict.specs)), pacer._scaled
     pacer.journal = list(saved.journal)
-    pacer._take(n, saved.clock, Plan(curve=saved.curve, fields=saved.fields, specs=tuple(verdict.saved)))
+    there = Plan(curve=saved.curve, fields=saved.fields, specs=tuple(verdict.saved))
+    pacer._take(n, saved.clock, there, saved.scaled)
     before, old = pacer.get_last_lr(), str(saved.curve.schedule)
     if verdict.follow_saved:
         pacer._planned, pacer._planned_fields = saved.planned, dict(saved.planned_fields)
     else:
-        pacer._take(n, saved.clock, own)
+        pacer._take(n, saved.clock, own, scaled)
     if verdict.difference:
         peaks = dict(zip(pacer.names, pacer.base_lrs, strict=True))
         what = {"difference": verdict.difference, "from": old, "to": str(pacer.curve.schedule), "peaks": peaks}
@@ -128,19 +135,26 @@ def reconcile(pacer: Pacer, saved: Saved) -> Verdict:
     A plan that was changed at run time (`extend`, `branch`, `set_peak`) is compared by what it was planned as, and
     then followed as it was when saved.
     """
+    other = scaled_difference(saved.scaled, pacer._scaled)
+    if other and pacer.on_mismatch == "error":  # before the groups, which another plan makes otherwise
+        raise _another_plan(other)
     specs = _in_order(pacer, saved.groups)
-    difference = _difference(pacer, saved, specs)
+    difference = other or _difference(pacer, saved, specs)
     if not difference:
         return Verdict(True, specs, specs, "")
     if pacer.on_mismatch == "error":
-        raise StateError(
-            f"the checkpoint's plan is not this one: {difference}; legal are on_mismatch='checkpoint' (follow the "
-            "saved plan) and 'config' (follow this one from the saved position)"
-        )
+        raise _another_plan(difference)
     if pacer.on_mismatch == "config":  # the plan is ours; when a group joined is history
         mine = [_since(pacer, now, then, saved) for now, then in zip(pacer.groups, specs, strict=True)]
         return Verdict(False, mine, specs, difference)
     return Verdict(True, specs, specs, difference)
+
+
+def _another_plan(difference: str) -> StateError:
+    return StateError(
+        f"the checkpoint's plan is not this one: {difference}; legal are on_mismatch='checkpoint' (follow the saved "
+        "plan) and 'config' (follow this one from the saved position)"
+    )
 
 
 def _since(pacer: Pacer, spec: GroupSpec, then: GroupSpec, saved: Saved) -> GroupSpec:

@@ -1,10 +1,11 @@
-"""Which optimizer updates were really applied, and keeping the compiler out of the counting."""
+"""Which optimizer updates were really applied, and what an optimizer has loaded; no compiler in the counting."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +53,20 @@ class Landed:
                 "per update (Lightning: {'scheduler': pacer, 'interval': 'step'})"
             )
         return sure or (found is not None and not float(found))
+
+
+def listen(pacer: Any, landed: Sequence[Landed], loaded: Callable[[], None]) -> None:
+    """Hook the pacer's optimizers: their steps to `landed`, their loads to `loaded`; the hooks go when it goes."""
+
+    def after(optimizer: torch.optim.Optimizer) -> None:
+        loaded()
+
+    for optimizer, mine in zip(pacer.optimizers, landed, strict=True):
+        for handle in (
+            optimizer.register_step_post_hook(mine),
+            optimizer.register_load_state_dict_post_hook(after),
+        ):
+            weakref.finalize(pacer, handle.remove)
 
 
 def _is_rehearsal(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any]) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mupace.params.roles import MODULES, ROLES, UNKNOWN, register_module
 from mupace.params.select import matcher, matching
-from mupace.params.table import PLACES, Param, ParamTable, param_table
+from mupace.params.table import AXES, PLACES, Param, ParamTable, param_table
 
 __all__ = [
+    "AXES",
     "MODULES",
     "PLACES",
     "ROLES",

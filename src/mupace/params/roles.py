@@ -8,13 +8,14 @@ names along the path break the tie. What neither says stays unknown: nothing is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
 from mupace.errors import ConfigError, one_of
+from mupace.params.axes import register_axes
 
 ROLES: tuple[str, ...] = (
     "embedding",
@@ -164,23 +165,29 @@ class Site:
 Verdict = tuple[str, str]  # role, evidence
 
 
-def register_module(class_name: str, attributes: Mapping[str, str]) -> None:
+def register_module(
+    class_name: str, attributes: Mapping[str, str], axes: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Say which role each parameter of a module class has; the newest entry for a class wins.
 
     Args:
         class_name: name of the class, or a glob over class names; subclasses inherit.
         attributes: parameter name in the module (a glob) to role, first match wins.
+        axes: parameter name in the module (a glob) to what its dimensions are there for, each one of
+            `AXES`; left out, the axes are read from the operators that use the tensor.
 
     Raises:
-        ConfigError: for a role that does not exist, or no attributes.
+        ConfigError: for a role or an axis that does not exist, or no attributes.
 
-    >>> register_module("MyGatedUnit", {"w_gate": "ffn", "w_value": "ffn", "b": "bias"})
+    >>> register_module("MyGatedUnit", {"w_gate": "ffn", "b": "bias"}, axes={"w_gate": ("in", "out")})
     """
     if not attributes:
         raise ConfigError(f"attributes={{}} of {class_name!r} is empty: legal is {{'weight': 'linear'}} or more")
     for role in attributes.values():
         if role not in ROLES:
             raise one_of("role", role, ROLES)
+    if axes:
+        register_axes(class_name, axes)
     MODULES.pop(class_name, None)
     MODULES[class_name] = dict(attributes)
     _rules_for.cache_clear()

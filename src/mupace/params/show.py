@@ -48,10 +48,14 @@ def _products(group: list[Param]) -> list[list[Param]]:
     return [list(part) for _, part in parts]
 
 
-def _line(group: list[Param]) -> tuple[str, str, str, str, str]:
-    first = group[0]
+def name_of(group: Sequence[Param]) -> str:
+    """One name for tensors that differ only in their numbers, `layers.{0..3}.mlp.weight`."""
     columns = iter(zip(*(_numbers(row.name) for row in group), strict=True))
-    name = ".".join(_span(next(columns)) if s == "#" else s for s in _template(first.name))
+    return ".".join(_span(next(columns)) if s == "#" else s for s in _template(group[0].name))
+
+
+def _line(group: list[Param]) -> tuple[str, str, str, str, str]:
+    first, name = group[0], name_of(group)
     notes = ["tied to " + ", ".join(first.aliases)] if first.aliases else []
     notes += [] if first.trainable else ["frozen"]
     count = f"x{len(group)}" if len(group) > 1 else ""

@@ -9,9 +9,12 @@ from typing import Any
 
 from mupace.errors import ConfigError, MatchError, one_of
 from mupace.params import show
+from mupace.params.axes import AXES, axes_of
 from mupace.params.blocks import Spot, spots
 from mupace.params.roles import ROLES, UNKNOWN, Site, role_of
 from mupace.params.select import matching, no_match
+
+__all__ = ["AXES", "PLACES", "Param", "ParamTable", "param_table", "refuse_unknown", "total_table"]
 
 PLACES: tuple[str, ...] = ("input", "block", "output")
 """Where a tensor stands on the way from input to output: before the blocks, in one, after them."""
@@ -44,6 +47,10 @@ class Param:
     """input, block or output."""
     aliases: tuple[str, ...] = ()
     trainable: bool = True
+    axes: tuple[str, ...] = ()
+    """What each dimension is there for, one of `AXES`; () where it is not known."""
+    sizes: tuple[str, ...] = ()
+    """How long each dimension is in terms of the configuration, "num_attention_heads*head_dim"; () if not known."""
     k_in: float = 1.0
     """How much its contracted dimension grew from the base model."""
     k_out: float = 1.0
@@ -152,9 +159,15 @@ def param_table(model: Any, overrides: Mapping[str, str] | None = None) -> Param
     2.weight  linear     (10, 4)
     4 tensors, 88 parameters, all trainable
     """
+    table = total_table(model, overrides)
+    refuse_unknown(model, table.rows)
+    return table
+
+
+def total_table(model: Any, overrides: Mapping[str, str] | None = None) -> ParamTable:
+    """The table of `param_table`, with rows of role `UNKNOWN` where nothing speaks for one."""
     names = _names_by_tensor(model)
     rows = _override(_rows(model, names), overrides or {})
-    _refuse_unknown(model, rows)
     tensors = {aliases[0]: tensor for tensor, aliases in names}
     return ParamTable(tuple(rows), MappingProxyType(tensors))
 
@@ -205,7 +218,7 @@ def _row(modules: Mapping[str, Any], tensor: Any, names: list[str], path: str, a
     role, evidence = role_of(site) or (UNKNOWN, nothing)
     return Param(
         name=names[0], shape=shape, role=role, evidence=evidence, block=spot.block, stack=spot.stack,
-        aliases=tuple(names[1:]), trainable=bool(tensor.requires_grad),
+        aliases=tuple(names[1:]), trainable=bool(tensor.requires_grad), axes=axes_of(site.owner, attribute, len(shape)),
     )  # fmt: skip
 
 
@@ -261,7 +274,8 @@ def _override(rows: list[Param], overrides: Mapping[str, str]) -> list[Param]:
     return list(changed.values())
 
 
-def _refuse_unknown(model: Any, rows: list[Param]) -> None:
+def refuse_unknown(model: Any, rows: Iterable[Param], argument: str = "overrides") -> None:
+    """Stop at the first trainable row without a role; `argument` is where the user says one."""
     lost = [row for row in rows if row.role == UNKNOWN and row.trainable]
     if not lost:
         return
@@ -269,5 +283,5 @@ def _refuse_unknown(model: Any, rows: list[Param]) -> None:
     also = f" (and {others} more)" if others else ""
     raise MatchError(
         f"model={type(model).__name__}: {row.name} {row.shape} fits no role{also}: {row.evidence}; "
-        f"write overrides={{{row.name!r}: ROLE}} with ROLE one of {', '.join(ROLES)}"
+        f"write {argument}={{{row.name!r}: ROLE}} with ROLE one of {', '.join(ROLES)}"
     )

@@ -12,12 +12,12 @@ import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mupace.errors import ConfigError, one_of
-from mupace.schedules import Curve, Schedule, preset, schedule
+from mupace.schedules import Curve, Schedule, batch_scaled, preset, schedule
 from mupace.units import Span, batch_tokens
 
 OFF = "off"
@@ -72,6 +72,42 @@ class BatchSection(Section):
     accumulate: Positive = 1
 
 
+class BatchRuleSection(Section):
+    """`lr` was tuned at another batch: `base` samples per update. It follows by `rule`, up to the `critical` batch."""
+
+    base: Positive
+    rule: Literal["linear", "sqrt", "none"] = "sqrt"
+    critical: float | None = Field(default=None, gt=0)
+
+
+class ParametrizeSection(Section):
+    """The model is scaled from a base on which its numbers were tuned: lr, weight decay and eps are the base's."""
+
+    base: dict[str, Any] | str
+    rules: str = "mup"
+    weight_decay: Literal["constant", "sqrt", "unscaled"] = "constant"
+    embedding_lr: Literal["const", "inv_sqrt"] = "const"
+    explicit: list[str] = Field(default_factory=list)
+    allow: list[str] = Field(default_factory=list)
+    init: Literal["scale", "keep"] = "scale"
+    batch: float = Field(default=1.0, gt=0)
+    tokens: float = Field(default=1.0, gt=0)
+    duration: Literal["none", "sde", "empirical"] = "none"
+
+    @model_validator(mode="after")
+    def _known(self) -> ParametrizeSection:
+        from mupace.scaling import RULES
+
+        if self.rules not in RULES:
+            raise one_of("parametrize.rules", self.rules, RULES)
+        if self.duration == "none" and (self.batch, self.tokens) != (1.0, 1.0):
+            raise ConfigError(
+                f"batch={self.batch:g}, tokens={self.tokens:g} change nothing with duration='none'; legal are 'sde' "
+                "and 'empirical'"
+            )
+        return self
+
+
 class OptimizerSection(Section):
     """An optimizer by name; `lr` is the peak. `options` are the optimizer's own arguments, `rest` those of a second."""
 
@@ -80,6 +116,7 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
     rest: dict[str, Any] = Field(default_factory=dict)
+    batch_rule: BatchRuleSection | None = None
 
     @model_validator(mode="after")
     def _set_once(self) -> OptimizerSection:
@@ -197,11 +234,21 @@ class RunConfig(Section):
     data: DataSection = Field(default_factory=DataSection)
     batch: BatchSection = Field(default_factory=BatchSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    parametrize: ParametrizeSection | None = None
     groups: GroupsSection = Field(default_factory=GroupsSection)
     clip: ClipSection = Field(default_factory=ClipSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     run: RunSection = Field(default_factory=RunSection)
+
+    @model_validator(mode="after")
+    def _batch_once(self) -> RunConfig:
+        rule, plan = self.optimizer.batch_rule, self.parametrize
+        if rule is not None and rule.rule != "none" and plan is not None and plan.batch != 1.0:
+            raise ConfigError(
+                f"optimizer.batch_rule and parametrize.batch={plan.batch:g} both move lr with the batch; legal is one"
+            )
+        return self
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -242,6 +289,22 @@ class RunConfig(Section):
                     raise ConfigError(f"{dotted}: {key} is a value, not a section")
             place[last] = value
         return RunConfig.parse(values)
+
+    @property
+    def peak(self) -> float:
+        """The peak at this run's batch: `optimizer.lr`, moved from the base's batch by `optimizer.batch_rule`.
+
+        Raises:
+            ConfigError: a rule for a rate of 0.
+        """
+        o, batch = self.optimizer, self.batch.micro * self.batch.accumulate
+        if o.batch_rule is None:
+            return o.lr
+        rule = o.batch_rule
+        try:
+            return batch_scaled(o.lr, base=rule.base, batch=batch, rule=rule.rule, critical=rule.critical)
+        except ConfigError as error:
+            raise ConfigError(f"optimizer.batch_rule: {error}") from None
 
     def curve(self, samples_per_epoch: int | None) -> Curve:
         """The learning-rate curve on this run's batch, and so its number of updates."""
@@ -327,6 +390,7 @@ def _written(place: Sequence[int | str]) -> str:
     model: Any = RunConfig
     keys: list[str] = []
     for part in place:
+        model = _given(model)
         if isinstance(model, type) and issubclass(model, Section):
             model = model.model_fields[str(part)].annotation if part in model.model_fields else None
         elif isinstance(part, int) and getattr(model, "__origin__", None) is list:
@@ -342,4 +406,11 @@ def _legal(section: Sequence[int | str]) -> list[str]:
     model: Any = RunConfig
     for part in section:
         model = model.model_fields[part].annotation if isinstance(part, str) else model.__args__[0]  # of a list
+        model = _given(model)
     return list(model.model_fields)
+
+
+def _given(model: Any) -> Any:
+    """The section where one may be left out."""
+    optional = [part for part in get_args(model) if isinstance(part, type) and issubclass(part, Section)]
+    return optional[0] if optional and type(None) in get_args(model) else model

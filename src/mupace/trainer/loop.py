@@ -25,6 +25,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from mupace.errors import CheckpointError, StateError
+from mupace.gradients import Norms
 from mupace.pacer import Pacer
 from mupace.record import Record, TensorBoardSink, read, record_file
 from mupace.trainer import checkpoint
@@ -36,7 +37,7 @@ from mupace.trainer.parts import Parts, changed_plan, describe, intervals, optim
 __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
 
 # Sections that a resumed run must share with its checkpoint; the schedule has its own policy (run.on_mismatch).
-FIXED = ("model", "data", "batch", "optimizer", "groups", "clip", "run")
+FIXED = ("model", "data", "batch", "optimizer", "parametrize", "groups", "clip", "run")
 # Keys of theirs that may change: where things are (the content is compared by its hash), and how it is computed.
 FREE = {
     "data.text",
@@ -174,9 +175,9 @@ class Trainer:
         lr = dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
         before = self.pacer.clock.step
         loss = self._accumulate(next(self.sampler))
-        norm, clipped = self._clip()
+        norms, clipped = self._clip()
         # Asked once for all: of two optimizers, one must not step while the other's gradients overflow.
-        if not self.scaler.is_enabled() or math.isfinite(norm):
+        if not self.scaler.is_enabled() or math.isfinite(norms["grad_norm"]):
             for optimizer in self.parts.optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
@@ -187,7 +188,7 @@ class Trainer:
         spent = time.perf_counter() - began
         self.seconds += spent
         applied = self.pacer.clock.step > before
-        self._log(record, lr, norm, spent, clipped=clipped, skipped=not applied)
+        self._log(record, lr, norms, spent, clipped=clipped, skipped=not applied)
         self._refuse_skipping_for_ever(applied)
         self.lost = 0 if math.isfinite(self.last_loss) or not applied else self.lost + 1
         if self.lost == MAX_NOT_FINITE:
@@ -211,24 +212,23 @@ class Trainer:
         precision = self.config.run.precision
         return nullcontext() if precision == "fp32" else torch.autocast(self.parts.device.type, dtypes[precision])
 
-    def _clip(self) -> tuple[float, bool]:
-        """Unscale, clip by value and by norm; returns the global norm before, and whether anything was clipped."""
+    def _clip(self) -> tuple[dict[str, float], bool]:
+        """Unscale, clip by value and by norm; returns the global norms before, and whether anything was clipped."""
         for optimizer in self.parts.optimizers:
             self.scaler.unscale_(optimizer)
         by_value, by_norm = self.config.clip.value, self.config.clip.norm
-        if by_value is None and by_norm is not None:
-            norm = float(self.pacer.clip_grad_norm_(by_norm))
-            return norm, norm > by_norm
-        grads = [
+        norms, largest = self.pacer.grad_norms() if by_norm is None or by_value is not None else None, 0.0
+        if by_value is not None:
+            largest = float(get_total_norm(self._gradients(), math.inf))
+            self.pacer.clip_grad_value_(by_value)
+        used = 0.0 if by_norm is None else float(self.pacer.clip_grad_norm_(by_norm))
+        clipped = largest > (by_value or math.inf) or used > (by_norm or math.inf)
+        return _named_norms(norms or self.pacer.last_grad_norms), clipped
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [
             p.grad for o in self.parts.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None
         ]
-        norm, clipped = float(get_total_norm(grads)), False
-        if by_value is not None:
-            clipped = float(get_total_norm(grads, math.inf)) > by_value
-            self.pacer.clip_grad_value_(by_value)
-        if by_norm is not None:
-            clipped |= float(self.pacer.clip_grad_norm_(by_norm)) > by_norm
-        return norm, clipped
 
     def _refuse_skipping_for_ever(self, applied: bool) -> None:
         self.skips = 0 if applied else self.skips + 1
@@ -253,7 +253,14 @@ class Trainer:
             )
 
     def _log(
-        self, record: Record, lr: dict[str, float], norm: float, spent: float, *, clipped: bool, skipped: bool
+        self,
+        record: Record,
+        lr: dict[str, float],
+        norms: dict[str, float],
+        spent: float,
+        *,
+        clipped: bool,
+        skipped: bool,
     ) -> None:
         clock, speed = self.pacer.clock, self.tokens_per_step / spent
         scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
@@ -264,7 +271,7 @@ class Trainer:
             sample=clock.sample,
             second=self.seconds,
             loss=self.last_loss,
-            grad_norm=norm,
+            **norms,
             clipped=clipped,
             lr=lr,
             tokens_per_second=speed,
@@ -401,6 +408,13 @@ class Trainer:
             seconds=self.seconds,
             reason=reason,
         )
+
+
+def _named_norms(norms: Norms | None) -> dict[str, float]:
+    """The norms as a row of the record names them; the one that is used for clipping only where it is another."""
+    assert norms is not None  # one of the two has been taken
+    row = {"grad_norm": float(norms.plain)}
+    return row if norms.used is norms.plain else {**row, "grad_norm_equivariant": float(norms.used)}
 
 
 def _seed(seed: int) -> None:

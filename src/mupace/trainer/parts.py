@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,11 @@ from mupace.trainer.config import GroupsSection, RuleSection, RunConfig
 from mupace.trainer.data import Dataset
 from mupace.trainer.data import prepare as prepare_data
 from mupace.trainer.model import Blueprint, build, resolve
+from mupace.trainer.scaling import betas_of, parametrized, summary
 from mupace.units import Horizon, Span
+
+if TYPE_CHECKING:
+    from mupace.scaling import Plan
 
 PLAN_POINTS = 512  # points of the planned curve in the record
 
@@ -48,6 +52,8 @@ class Parts:
     optimizers: list[torch.optim.Optimizer]
     pacer: Pacer
     device: torch.device
+    plan: Plan | None = None
+    """How the model was scaled from its base."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,22 +149,36 @@ def prepare(config: RunConfig) -> Parts:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     data, curve, blueprint, device = ingredients(config)
-    model = build(blueprint, seed=config.run.seed).to(device)
+    model = build(blueprint, seed=config.run.seed)
+    plan = parametrized(config, blueprint, model)  # before it moves: its statistics are the same on every device
+    model = model.to(device)
     model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and says so where it cannot
-    table, optimizers = optimizers_of(config, model)
-    pacer = Pacer(optimizers, curve, fields=config.schedule.fields, on_mismatch=config.run.on_mismatch)
-    return Parts(config=config, data=data, model=model, table=table, optimizers=optimizers, pacer=pacer, device=device)
-
-
-def optimizers_of(config: RunConfig, model: Any) -> tuple[ParamTable, list[torch.optim.Optimizer]]:
-    """The parameter table and the optimizers of a config; frozen tensors stop requiring gradients."""
-    o = config.optimizer
-    rules = rules_of(config.groups)
-    table = param_table(model, config.groups.roles)
-    made = groups(
-        table, rules, lr=o.lr, weight_decay=o.weight_decay, eps=base_eps(config), no_decay=config.groups.no_decay
+    table, optimizers = optimizers_of(config, model, plan)
+    pacer = Pacer(optimizers, curve, fields=config.schedule.fields, plan=plan, on_mismatch=config.run.on_mismatch)
+    return Parts(
+        config=config,
+        data=data,
+        model=model,
+        table=table,
+        optimizers=optimizers,
+        pacer=pacer,
+        device=device,
+        plan=plan,
     )
-    freeze_parameters(model, rules)
+
+
+def optimizers_of(
+    config: RunConfig, model: Any, plan: Plan | None = None
+) -> tuple[ParamTable, list[torch.optim.Optimizer]]:
+    """The parameter table and the optimizers of a config; frozen tensors stop requiring gradients.
+
+    Args:
+        plan: by which `model` was scaled; its table and its factors are used then.
+    """
+    o = config.optimizer
+    table = param_table(model, config.groups.roles) if plan is None else plan.table
+    made = groups_of(config, table, plan)
+    freeze_parameters(table, rules_of(config.groups))
     options, rest = (
         {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()} for table in (o.options, o.rest)
     )
@@ -168,6 +188,20 @@ def optimizers_of(config: RunConfig, model: Any) -> tuple[ParamTable, list[torch
         raise
     except Exception as error:  # an optimizer checks its arguments in many ways; all of them are the user's words
         raise ConfigError(f"optimizer.options={o.options}, rest={o.rest}: {str(error).splitlines()[0]}") from None
+
+
+def groups_of(config: RunConfig, table: ParamTable, plan: Plan | None = None) -> list[dict[str, Any]]:
+    """The param groups of a config: by its rules alone, or by those on top of a plan's factors."""
+    rules, eps = rules_of(config.groups), base_eps(config)
+    common: dict[str, Any] = {
+        "lr": config.peak,
+        "weight_decay": config.optimizer.weight_decay,
+        "no_decay": config.groups.no_decay,
+    }
+    if plan is None:
+        return groups(table, rules, eps=eps, **common)
+    common |= {} if eps is None else {"eps": eps}
+    return plan.groups(rules=rules, betas=betas_of(config, plan), **common)
 
 
 def base_eps(config: RunConfig) -> float | None:
@@ -229,6 +263,7 @@ def describe(parts: Parts) -> dict[str, Any]:
         "sample": curve.sample,
         "floor": curve.floor,
         "clip": c.clip.norm,
+        **summary(c, parts.plan),
         "total": str(curve.horizon.total),
         **plan_of(pacer.curve),
     }

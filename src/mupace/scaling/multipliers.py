@@ -1,0 +1,133 @@
+"""The multipliers of the forward pass, and where each is folded in.
+
+residual     every residual branch x + f(x) becomes x + L^-α·f(x), when the rule set says so
+logits       by the rule set for a head with a matrix of its own; 1/k for a tied head, whose matrix is the embedding's
+attention    what q·k is multiplied by keeps its value at base, divided by the growth of the head size
+embedding    a constant that the model multiplies its embeddings by is brought back to the base's (Gemma's √d)
+
+A multiplier is folded into the tensors that scale the same value; where none does, it must stay explicit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mupace.errors import ConfigError
+from mupace.params import ParamTable
+from mupace.scaling.factors import Sized
+from mupace.scaling.growth import depth_ratio
+from mupace.scaling.rules import RuleSet
+from mupace.structure import Gain, Structure
+
+NAMES: tuple[str, ...] = ("residual", "logits", "attention", "embedding")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Multiplier:
+    """One factor of the forward pass and the tensors that it can be folded into."""
+
+    name: str
+    """One of `NAMES`."""
+    value: float
+    gains: tuple[Gain, ...]
+    """() where it cannot be folded."""
+    where: str
+    """For messages: the branch, the attention, the head."""
+
+
+def multipliers(
+    rules: RuleSet, sized: Mapping[str, Sized], base: Structure, target: Structure
+) -> tuple[Multiplier, ...]:
+    """Every multiplier that differs from 1.
+
+    Raises:
+        ConfigError: where one is needed and the operators of the model are not known.
+    """
+    if not rules.multipliers:
+        return ()
+    found = [*_residual(rules, sized, base.table, target), *_ends(rules, sized, base, target)]
+    found += _attention(sized, base, target)
+    needed = tuple(m for m in found if m.value != 1.0)
+    if needed and not target.traced:
+        raise ConfigError(
+            f"rules need a multiplier on {needed[0].where}, and the model's operators are not known: give inputs=, "
+            "what the model is called with"
+        )
+    return needed
+
+
+def _residual(rules: RuleSet, sized: Mapping[str, Sized], base: ParamTable, target: Structure) -> Iterator[Multiplier]:
+    table = target.table
+    ratios = {stack: depth / base.depths[stack] for stack, depth in table.depths.items()}
+    if not target.traced and any(ratio != 1.0 for ratio in ratios.values()) and rules.branch.depth:
+        yield Multiplier(name="residual", value=0.0, gains=(), where="every residual branch")
+    for i, gains in enumerate(target.branches):
+        rows = [table[name] for gain in gains for name in gain.tensors]
+        ratio = max((depth_ratio(row, base, table) for row in rows), default=max(ratios.values(), default=1.0))
+        value = ratio**rules.branch.depth
+        yield Multiplier(name="residual", value=value, gains=gains, where=f"residual branch {i}")
+
+
+def _ends(rules: RuleSet, sized: Mapping[str, Sized], base: Structure, target: Structure) -> Iterator[Multiplier]:
+    """The multipliers on the embedding and on the logits, which a tied matrix couples."""
+    tied = _tied_readout(sized, target)
+    change = {
+        name: target.constants[name] / base.constants[name]
+        for name in ("embedding", "logits")
+        if name in target.constants and name in base.constants
+    }
+    embedding = 1.0 / change.get("embedding", 1.0)
+    table = tuple(name for name, one in sized.items() if one.row.role == "embedding" and one.row.place == "input")
+    yield Multiplier(name="embedding", value=embedding, gains=(Gain(tensors=table[:1]),), where="the embedding")
+    if tied is not None:
+        logits = 1.0 / (tied.growth.k_out * change.get("logits", 1.0) * embedding)
+    else:
+        head = next((s for s in sized.values() if s.row.role == "head" and "in" in s.row.axes), None)
+        logits = (1.0 if head is None else rules.logits(head.growth)) / change.get("logits", 1.0)
+    yield Multiplier(name="logits", value=logits, gains=target.logits, where="the logits")
+
+
+def _tied_readout(sized: Mapping[str, Sized], target: Structure) -> Sized | None:
+    """The embedding matrix that is also the head's, None if the head has its own."""
+    if any(one.row.role == "head" and "in" in one.row.axes for one in sized.values()):
+        return None
+    shared = (one for one in sized.values() if one.row.role == "embedding" and one.row.aliases)
+    return next(shared, None)
+
+
+def _attention(sized: Mapping[str, Sized], base: Structure, target: Structure) -> Iterator[Multiplier]:
+    """s_target -> s_base / k, k the growth of the head size: q·k of a grown head is a sum of k times as many terms."""
+    old, new = base.constants.get("attention"), target.constants.get("attention")
+    if old is None or new is None or old == new:
+        return
+    k = (old / new) ** 2  # the stock scale is head_size^-1/2
+    for where, gains in target.queries.items():
+        yield Multiplier(name="attention", value=old / k / new, gains=gains, where=f"the queries of {where}")
+
+
+def folded(found: Sequence[Multiplier], explicit: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Name to factor, and name to offset, of every tensor that a multiplier is folded into.
+
+    Raises:
+        ConfigError: for a multiplier that nothing can take and that is not left explicit.
+    """
+    factors: dict[str, float] = {}
+    offsets: dict[str, float] = {}
+    seen: set[tuple[str, str]] = set()
+    for multiplier in found:
+        if multiplier.name in explicit:
+            continue
+        if not multiplier.gains:
+            raise ConfigError(
+                f"{multiplier.name}: no tensor scales {multiplier.where} alone, so the multiplier "
+                f"{multiplier.value:.4g} cannot be folded; write explicit=({multiplier.name!r},) for a hook instead"
+            )
+        for gain in multiplier.gains:
+            for name in gain.tensors:
+                if (name, multiplier.name) in seen:  # a tensor that blocks share takes the multiplier once
+                    continue
+                seen.add((name, multiplier.name))
+                factors[name] = factors.get(name, 1.0) * multiplier.value
+                offsets[name] = gain.offset
+    return factors, offsets

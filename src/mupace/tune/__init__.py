@@ -1,0 +1,1 @@
+"""Tuning: what one measures before a long run."""
