@@ -14,19 +14,42 @@ HEAD_SIZED = {**LLAMA_SIZES, "head_dim": 8}
 GPT2_SIZES = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 MLA_SIZES = {
-    **LLAMA_SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4,
-    "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-    "kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    **LLAMA_SIZES,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
 }
 FALCON_SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEXT_SIZES = {
-    **HEAD_SIZED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    **HEAD_SIZED,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 HYBRID_SIZES = {
-    **LLAMA_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16,
-    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 2,
+    **LLAMA_SIZES,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 16,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_n_groups": 2,
 }
 NO_FFN_VIT = {key: value for key, value in VIT_SIZES.items() if key != "intermediate_size"}
 
@@ -64,14 +87,23 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "mamba2": of(
         hf.Mamba2ForCausalLM,
         hf.Mamba2Config,
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
-        state_size=4, n_groups=2,
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=4,
+        n_groups=2,
     ),
     "dinov2": of(hf.Dinov2Model, hf.Dinov2Config, **NO_FFN_VIT),
     "swin": of(
         hf.SwinModel,
         hf.SwinConfig,
-        image_size=32, patch_size=4, embed_dim=16, depths=[1, 2], num_heads=[2, 4],
+        image_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=[1, 2],
+        num_heads=[2, 4],
         window_size=2,
     ),
     "qwen3_next": of(
@@ -91,7 +123,8 @@ MORE: dict[str, Callable[[], nn.Module]] = {
         hf.Wav2Vec2ForCTC,
         hf.Wav2Vec2Config,
         **{**BERT_SIZES, "conv_dim": [16, 16], "conv_kernel": [3, 3], "conv_stride": [2, 2]},
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
     ),
 }
 

@@ -101,8 +101,13 @@ def test_half_is_the_inverse_of_twice(family: str) -> None:
 def test_sizes_by_hand() -> None:
     config = resize(hf.LlamaConfig(**LLAMA_SIZES), width=1.5, depth=2)
     wanted = {
-        "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8,
-        "intermediate_size": 72, "num_hidden_layers": 4, "vocab_size": 64,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "intermediate_size": 72,
+        "num_hidden_layers": 4,
+        "vocab_size": 64,
     }
     assert {name: getattr(config, name) for name in wanted} == wanted
 
@@ -192,7 +197,7 @@ def test_the_nearest_legal_widths_are_legal(near: str) -> None:
 
 def test_a_kind_of_layer_that_would_vanish() -> None:
     config = hf.Gemma3TextConfig(**{**HEAD_SIZED, "num_hidden_layers": 6})
-    with pytest.raises(ConfigError, match="depth=0.5 leaves no full_attention among the 3 layers of layer_types"):
+    with pytest.raises(ConfigError, match=r"depth=0\.5 leaves no full_attention among the 3 layers of layer_types"):
         resize(config, depth=0.5)
 
 

@@ -57,8 +57,11 @@ def test_labels_hold_for_models_of_other_sizes(family: str) -> None:
 
 
 UNLIKE = {
-    **LLAMA_SIZES, "hidden_size": 40, "intermediate_size": 52,
-    "num_attention_heads": 10, "num_key_value_heads": 5,
+    **LLAMA_SIZES,
+    "hidden_size": 40,
+    "intermediate_size": 52,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
 }
 
 

@@ -62,6 +62,7 @@ SECTIONS = {
     "data": ("seqlen", "seq_len"),
     "batch": ("acumulate", "accumulate"),
     "optimizer": ("weight_decey", "weight_decay"),
+    "parametrize": ("embeding_lr", "embedding_lr"),
     "groups": ("layer_dekay", "layer_decay"),
     "clip": ("nrm", "norm"),
     "eval": ("evry", "every"),
@@ -325,10 +326,11 @@ def default_of(model: type[Section], name: str) -> str:
 
 
 def test_every_key_is_documented_with_its_default() -> None:
-    from mupace.trainer.config import RuleSection
+    from mupace.trainer.config import BatchRuleSection, RuleSection, _given
 
-    models: dict[str, Any] = {name: f.annotation for name, f in RunConfig.model_fields.items()}
+    models: dict[str, Any] = {name: _given(f.annotation) for name, f in RunConfig.model_fields.items()}
     models["groups.rules"] = RuleSection
+    models["optimizer.batch_rule"] = BatchRuleSection
     expected = {name: {key: default_of(m, key) for key in m.model_fields} for name, m in models.items()}
     assert documented() == expected
 

@@ -10,6 +10,7 @@ from mupace.checks.lengths import endpoints, total, units, written
 from mupace.checks.logged import logged
 from mupace.checks.probes import advance, ranks, resume, skipped
 from mupace.checks.report import Finding, Item, Report
+from mupace.checks.scaled import planned, relative
 from mupace.checks.subject import Logged, Subject, from_config, from_loop
 from mupace.units import Span
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch.optim.lr_scheduler import LRScheduler
 
+    from mupace.scaling import Plan
     from mupace.trainer.config import RunConfig
 
 ITEMS: tuple[tuple[str, str, Callable[[Subject], Finding]], ...] = (
@@ -34,6 +36,12 @@ ITEMS: tuple[tuple[str, str, Callable[[Subject], Finding]], ...] = (
     ("advance", "one advance per update", advance),
 )
 """(name, title, what looks at it), in the order of the report."""
+
+PLAN_ITEMS: tuple[tuple[str, str, Callable[[Subject], Finding]], ...] = (
+    ("plan", "groups made by the plan", planned),
+    ("relative", "schedule is relative", relative),
+)
+"""Those that follow for a model that was scaled from a base."""
 
 
 def check_config(config: RunConfig) -> Report:
@@ -65,6 +73,7 @@ def preflight(
     scaler: Any = None,
     logged: Logged | None = None,
     resume: bool = True,
+    plan: Plan | None = None,
 ) -> Report:
     """Run the pre-flight list on the objects of your own loop, before its first update.
 
@@ -84,6 +93,7 @@ def preflight(
         scaler: the GradScaler, if there is one.
         logged: the keys that are logged for one update, or such a row.
         resume: whether the run may be continued from a checkpoint.
+        plan: of `mupace.parametrize`, when the groups were made by it: two more items look at its ratios.
 
     Raises:
         ConfigError: an object of another kind, or a number out of range.
@@ -100,7 +110,8 @@ def preflight(
 
 
 def _report(subject: Subject) -> Report:
-    return Report(tuple(_item(name, title, look(subject)) for name, title, look in ITEMS))
+    items = (*ITEMS, *PLAN_ITEMS) if subject.parametrised else ITEMS
+    return Report(tuple(_item(name, title, look(subject)) for name, title, look in items))
 
 
 def _item(name: str, title: str, found: Finding) -> Item:

@@ -20,6 +20,7 @@ from mupace.schedules import PRESETS, Curve
 from mupace.units import Horizon, Span, is_number
 
 if TYPE_CHECKING:
+    from mupace.scaling import Plan
     from mupace.trainer.config import RunConfig
     from mupace.trainer.data import Dataset
 
@@ -55,6 +56,12 @@ class Subject:
     wrapped: bool = False
     run: RunConfig | None = None
     data: Dataset | None = None
+    plan: Plan | None = None
+
+    @property
+    def parametrised(self) -> bool:
+        """Whether the groups were made by a plan, given or not."""
+        return self.plan is not None or any("plan" in group for group in self.groups)
 
     @property
     def pacer(self) -> Pacer | None:
@@ -160,9 +167,19 @@ def _refuse_wrong(stage: str | None, counts: Mapping[str, int | None], others: M
         value = others[name]
         if value is not None and not (is_number(value) and 0 <= value < float("inf")):
             raise ConfigError(f"{name}={value!r}: legal is a learning rate, a finite number, 0 or more")
+    _refuse_no_plan(others.get("plan"))
     model = others["model"]
     if model is not None and not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model={type(model).__name__}: legal is a torch.nn.Module")
+
+
+def _refuse_no_plan(plan: Any) -> None:
+    if plan is None:
+        return
+    from mupace.scaling import Plan
+
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"plan={type(plan).__name__}: legal is what mupace.parametrize gave")
 
 
 def _optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -214,12 +231,14 @@ def from_config(config: RunConfig) -> Subject:
     """
     from mupace.trainer import parts
     from mupace.trainer.model import build
+    from mupace.trainer.scaling import parametrized
 
     data, curve, blueprint, _ = parts.ingredients(config)
     with torch.device("meta"):
         model = build(replace(blueprint, weights=None))
-    _, optimizers = parts.optimizers_of(config, model)
-    pacer = Pacer(optimizers, curve, fields=config.schedule.fields)
+    plan = parametrized(config, blueprint, model)
+    _, optimizers = parts.optimizers_of(config, model, plan)
+    pacer = Pacer(optimizers, curve, fields=config.schedule.fields, plan=plan)
     return Subject(
         optimizers=tuple(optimizers),
         scheduler=pacer,
@@ -231,4 +250,5 @@ def from_config(config: RunConfig) -> Subject:
         stage=config.run.stage,
         run=config,
         data=data,
+        plan=plan,
     )

@@ -119,6 +119,11 @@ class Pacer(LRScheduler):
         self._write()
 
     @property
+    def plan(self) -> Mapping[str, Any] | None:
+        """The plan of the parametrisation that is followed, as `Plan.to_dict` gives it."""
+        return None if self._scaled is None else self._scaled.plan
+
+    @property
     def clock(self) -> Clock:
         """Where the run is: updates applied, and the tokens and samples they consumed."""
         return self.curve.horizon.clock(self._n) if self._clock is None else self._clock

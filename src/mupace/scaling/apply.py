@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mupace.errors import ConfigError, StateError, one_of
-from mupace.optimizers import spec_for
+from mupace.optimizers import OPTIMIZERS, spec_for
 from mupace.scaling.base import base_of
 from mupace.scaling.duration import Duration
 from mupace.scaling.explicit import attach
@@ -75,7 +75,7 @@ def parametrize(
         ConfigError, MatchError: for what cannot be scaled, before anything is changed.
         StateError: for a model that was parametrised before, that an optimizer already holds, or that is not fresh.
     """
-    _refuse_words(weight_decay, embedding_lr, init, explicit)
+    _refuse_words(optimizer, weight_decay, embedding_lr, init, explicit)
     _refuse_again(model)
     _refuse_optimizer(model)
     chosen, duration = rule_set(rules), duration or Duration()
@@ -112,8 +112,9 @@ def parametrize(
     return plan
 
 
-def _refuse_words(weight_decay: str, embedding_lr: str, init: str, explicit: Sequence[str]) -> None:
+def _refuse_words(optimizer: str, weight_decay: str, embedding_lr: str, init: str, explicit: Sequence[str]) -> None:
     for argument, given, legal in (
+        ("optimizer", optimizer, OPTIMIZERS),
         ("weight_decay", weight_decay, WEIGHT_DECAY),
         ("embedding_lr", embedding_lr, EMBEDDING_LR),
         ("init", init, ("scale", "keep")),
@@ -135,15 +136,25 @@ def _refuse_again(model: torch.nn.Module) -> None:
 
 def _refuse_optimizer(model: torch.nn.Module) -> None:
     """An optimizer that was built before has the learning rates of the base for every tensor."""
+    if _optimizer_of(model) is None:
+        return
+    gc.collect()  # one that nobody holds any more does not count
+    optimizer = _optimizer_of(model)
+    if optimizer is not None:
+        raise StateError(
+            f"model: an {type(optimizer).__name__} already holds its parameters; legal is parametrize first, then the "
+            "optimizer from plan.groups(lr=...)"
+        )
+
+
+def _optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer | None:
     mine = {id(p) for p in model.parameters()}
     optimizers = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer))
     for optimizer in optimizers:
         held = (id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
         if not mine.isdisjoint(held):
-            raise StateError(
-                f"model: an {type(optimizer).__name__} already holds its parameters; legal is parametrize first, then "
-                "the optimizer from plan.groups(lr=...)"
-            )
+            return optimizer
+    return None
 
 
 def _weight_changes(

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from mupace.structure.gains import Found, Walk
+from mupace.structure.gains import Walk
 from mupace.structure.graph import VIEWS, Graph, Node
 from mupace.structure.model import Gain
+from mupace.structure.operators import source
 from mupace.structure.proof import proves
 
 _PASS = VIEWS | {"dropout"}
@@ -23,7 +24,7 @@ class Residual:
     stream: Node
     """x, without views and casts."""
     terms: tuple[Node, ...]
-    """f(x), g(x), ..."""
+    """f(x), g(x), ..., and parameters that are added to them."""
 
 
 def residuals(graph: Graph, matrices: int) -> tuple[Residual, ...]:
@@ -57,7 +58,8 @@ def _residual(graph: Graph, node: Node, matrices: int) -> Residual | None:
         below = graph.descendants[base.index] & ~(1 << base.index)
         made = [term for term in terms if below >> term.index & 1 and graph.ancestors[term.index] & below & matrices]
         if made:
-            return Residual(total=node, stream=base, terms=tuple(made))
+            biases = [term for term in terms if source(graph, term) is not None]
+            return Residual(total=node, stream=base, terms=(*made, *biases))
     return None
 
 
@@ -70,7 +72,7 @@ def _terms(graph: Graph, node: Node) -> Iterator[Node]:
         while alone and inner.op in _PASS:
             inner = inner.args[0]
             alone = len(graph.users(inner)) == 1
-        if alone and inner.op == "add":
+        if alone and inner.op == "add" and all(isinstance(value, Node) for value in inner.args[:2]):
             yield from _terms(graph, inner)
         else:
             yield arg
@@ -104,14 +106,10 @@ def branches(graph: Graph, found: tuple[Residual, ...]) -> tuple[tuple[Gain, ...
 
 def _gains(graph: Graph, residual: Residual) -> tuple[Gain, ...]:
     given = graph.ancestors[residual.stream.index]
-    walk = Walk(graph, stop=given)
-    total = Found()
-    for term in residual.terms:
-        part = walk.gains(term)
-        if part is None or not proves(graph, part.gains, term, given=given):
-            return ()
-        total = total + part
-    return total.gains
+    found = Walk(graph, stop=given).together(residual.terms)
+    if found is None or not proves(graph, found.gains, residual.terms, through=residual.total, given=given):
+        return ()
+    return found.gains
 
 
 def _alone(graph: Graph, gains: tuple[Gain, ...], sums: list[Residual]) -> bool:

@@ -37,10 +37,14 @@ def _rebuilt(model: torch.nn.Module, module: torch.nn.Module, name: str) -> floa
     if initialise is None or buffer is None or buffer.numel() != 1 or not buffer.is_floating_point():
         return None
     twin = copy.copy(module)
-    twin._parameters = dict.fromkeys(module._parameters)
+    twin._parameters = {key: None if p is None else _empty(p) for key, p in module._parameters.items()}
     twin._buffers = {key: None if b is None else torch.full(b.shape, math.nan) for key, b in module._buffers.items()}
     with contextlib.suppress(AttributeError, TypeError, RuntimeError):  # what it had set until then still counts
         initialise(twin)
     made = twin._buffers[name]
     value = math.nan if made is None else float(made)
     return None if math.isnan(value) else value
+
+
+def _empty(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))

@@ -30,7 +30,7 @@ from mupace.structure.trees import TREE_NAMES, tree_differences
 _UNREAD = re.compile(
     r"(.*_token_ids?|.*_token_index|.*_tokens_to_.*|transformers_version|architectures|name_or_path|dtype|torch_dtype"
     r"|use_cache|return_dict|output_\w+|problem_type|id2label|label2id|chunk_size_feed_forward|pretraining_tp"
-    r"|attention_types|stage_names|out_features|out_indices|per_layer_config)"
+    r"|model_type|attention_types|stage_names|out_features|out_indices)"
 )
 """Says nothing about the function of the weights, or follows from other fields."""
 
@@ -247,4 +247,4 @@ def _paths(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             yield from _paths(f"{name}.{key}", inner)
     else:
-        yield name, value
+        yield name, list(value) if isinstance(value, tuple) else value

@@ -78,17 +78,17 @@ class Walk:
         if node.op in ("mul", "div", "multiply", "true_divide"):
             return self._product(node)
         if node.op in ("add", "sub"):
-            return self._sum(node.args[:2])
+            return self.together(node.args[:2])
         if node.op in ("cat", "stack", "concat"):
-            return self._sum(node.args[0])
+            return self.together(node.args[0])
         return self._other(node)
 
     def _other(self, node: Node) -> Found | None:
         if node.op in _PUT:
-            return self._sum((node.args[0], node.args[_PUT[node.op]]))
+            return self.together((node.args[0], node.args[_PUT[node.op]]))
         if node.op in ("masked_fill", "where"):
             values = node.args[1:] if node.op == "where" else (node.args[0], node.args[2])
-            return self._sum(value for value in values if self.graph.scalar(value) != 0)
+            return self.together(value for value in values if self.graph.scalar(value) != 0)
         if node.op == "scaled_dot_product_attention":
             return self.gains(node.args[2])
         if node.op in ("matmul", "bmm", "einsum"):
@@ -100,8 +100,7 @@ class Walk:
         w, b = source(self.graph, weight), source(self.graph, bias)
         if w is None or w.name in self.shared or (bias is not None and b is None):
             return None
-        tensors = (w.name,) if b is None else (w.name, b.name)
-        return Found((Gain(tensors=tensors, offset=w.offset),), (node,))
+        return _with_biases(Found((Gain(tensors=(w.name,), offset=w.offset),), (node,)), [] if b is None else [b.name])
 
     def _beyond(self, x: Any, bias: Any) -> Found | None:
         """A matrix that cannot carry the factor: what its input is proportional to, and its bias."""
@@ -131,7 +130,7 @@ class Walk:
         touched = self.graph.cone(other) & self.graph.bits(found.nodes)
         return None if touched else found
 
-    def _sum(self, terms: Iterable[Any]) -> Found | None:
+    def together(self, terms: Iterable[Any]) -> Found | None:
         """Every term must be proportional to something; added parameters join what they are added to."""
         found, biases = Found(), []
         for term in terms:
@@ -147,10 +146,10 @@ class Walk:
 
 
 def _with_biases(found: Found, biases: list[str]) -> Found:
+    """Biases belong to the one gain of what they are added to; with several, or a gain of 1 + w, they stand alone."""
     if not biases:
         return found
-    if len(found.gains) == 1:
-        (gain,) = found.gains
-        joined = Gain(tensors=tuple(dict.fromkeys((*gain.tensors, *biases))), offset=gain.offset)
-        return Found((joined,), found.nodes)
+    if len(found.gains) == 1 and not found.gains[0].offset:
+        tensors = (*found.gains[0].tensors, *biases)
+        return Found((Gain(tensors=tuple(dict.fromkeys(tensors))),), found.nodes)
     return found + Found(tuple(Gain(tensors=(name,)) for name in biases))

@@ -113,11 +113,20 @@ def _uses(graph: Graph, param: Node, node: Node, dims: Dims, marks: dict[int, st
     for user in graph.users(node):
         moved = _moved(graph, node, user, dims, marks)
         if moved is not None:
-            yield from _uses(graph, param, user, *moved)
+            further = list(_uses(graph, param, user, *moved))
+            if not further and user.op in ("index", "index_select"):
+                further = [_lookup(ndim, user, *moved)]
+            yield from further
             continue
         kind, labels = _labels(graph, node, user, dims)
-        if kind:
+        if kind and len(labels) == len(dims):
             yield Use(node=user, kind=kind, axes=_per_dimension(ndim, labels, dims, marks, kind))
+
+
+def _lookup(ndim: int, user: Node, dims: Dims, marks: dict[int, str]) -> Use:
+    """Rows that are taken and then used as they are."""
+    labels = elementwise_axes(user.shape or ())
+    return Use(node=user, kind="index", axes=_per_dimension(ndim, labels, dims, marks, "index"))
 
 
 def _per_dimension(

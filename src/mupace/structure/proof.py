@@ -21,16 +21,21 @@ _NONE = "none"
 Power = float | str
 
 
-def proves(graph: Graph, gains: Sequence[Gain], target: Node, *, given: int = 0) -> bool:
-    """Whether the gains together scale the target by exactly their factor, and no value that is used elsewhere.
+def proves(graph: Graph, gains: Sequence[Gain], targets: Sequence[Node], *, through: Node, given: int = 0) -> bool:
+    """Whether the gains together scale every target by exactly their factor, and nothing else.
 
-    The nodes in `given` are held fixed: what x is in x + f(x).
+    Args:
+        graph: the traced model.
+        gains: what is multiplied.
+        targets: what should be multiplied.
+        through: the sum that the targets go into, or the target itself: no other use of a scaled value is allowed.
+        given: nodes that are held fixed, as bits: what x is in x + f(x).
     """
-    known = powers(graph, gains, (target,), given=given)
-    inside = graph.cone(target)
-    moved = (node for node in known if node is not target and node.op != "param")
+    known = powers(graph, gains, targets, given=given)
+    inside = graph.cone(through)
+    moved = (node for node in known if node is not through and node.op != "param")
     elsewhere = any(not inside >> user.index & 1 for node in moved for user in graph.users(node))
-    return known.get(target, 0.0) == 1.0 and not elsewhere
+    return all(known.get(target, 0.0) == 1.0 for target in targets) and not elsewhere
 
 
 def powers(graph: Graph, gains: Sequence[Gain], targets: Iterable[Node], *, given: int = 0) -> dict[Node, Power]:
@@ -47,7 +52,7 @@ def powers(graph: Graph, gains: Sequence[Gain], targets: Iterable[Node], *, give
 class _Powers:
     def __init__(self, graph: Graph, gains: Sequence[Gain]) -> None:
         self.graph = graph
-        offsets = {name: gain.offset for gain in gains for name in gain.tensors[:1]}
+        offsets = {name: gain.offset for gain in gains for name in gain.tensors}
         names = {name for gain in gains for name in gain.tensors}
         self.start = [node for node in graph.nodes if node.op == "param" and node.name in names]
         self.offsets = {node: offsets.get(node.name, 0.0) for node in self.start}
@@ -87,7 +92,7 @@ class _Powers:
         if all(self.power(source) == 0.0 for source in node.inputs):
             return 0.0
         if node.op in LINEAR_UNARY or node.op in ("abs", "amax", "max", "linalg_vector_norm", "norm"):
-            return self.power(args[0]) if not any(map(self._moves, args[1:])) else self._through_indices(node)
+            return _NONE if any(map(self._moves, args[1:])) else self.power(args[0])
         if node.op in NORMS:
             return self._norm(node)
         if (parts := weight_of(self.graph, node)) is not None and node.op in MATRICES:
@@ -126,9 +131,6 @@ class _Powers:
 
     def _moves(self, value: Any) -> bool:
         return self.power(value) not in (0.0, _ANY) if value is not None else False
-
-    def _through_indices(self, node: Node) -> Power:
-        return _NONE
 
     def _times(self, a: Any, b: Any) -> Power:
         return _plus(self.power(a), self.power(b))

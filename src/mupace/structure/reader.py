@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from mupace.errors import ConfigError, MatchError
+from mupace.errors import ConfigError, MatchError, MupaceWarning
 from mupace.params import AXES, UNKNOWN, Param, ParamTable, matching
 from mupace.params.axes import checked_axes
 from mupace.params.table import refuse_unknown, total_table
@@ -43,23 +44,31 @@ def read(
     Args:
         model: a torch.nn.Module on any device, meta included.
         inputs: keyword arguments (a mapping) or arguments (a tuple) of its forward; their values do not matter.
-            A transformers model needs none. Without any, only types and names are read and `traced` is False.
+            A transformers model needs none. Without any, only types and names are read and `traced` is False; so
+            it is, with a warning, for a transformers model whose own inputs cannot be made.
         roles: selector to role.
         axes: selector to what each dimension is there for, one of `AXES` each.
 
     Raises:
-        ConfigError: for a role or an axis that does not exist, or a forward pass that cannot be traced.
+        ConfigError: for a role or an axis that does not exist, or a forward pass that `inputs` cannot trace.
         MatchError: for a trainable tensor whose role or axes nothing gives, or a selector that names nothing.
     """
     table = total_table(model, roles)
     overridden = {row.name for selector in roles or {} for row in matching(table.rows, selector, "roles")}
     fixed = _fixed_axes(table, axes or {})
-    given = inputs_for(model) if inputs is None else inputs
+    inner, prefix = _unwrapped(model)
+    given = inputs_for(inner) if inputs is None else inputs
     if given is None:
         return Structure(table=_checked(model, table, table.rows, fixed))
-    inner, prefix = _unwrapped(model)
+    try:
+        traced = trace(inner, given)
+    except ConfigError as error:
+        if inputs is not None:
+            raise
+        warnings.warn(f"{error}; only its types and names were read", MupaceWarning, stacklevel=2)
+        return Structure(table=_checked(model, table, table.rows, fixed))
     canonical = {name.removeprefix(prefix): row.name for row in table for name in (row.name, *row.aliases)}
-    graph = Graph(trace(inner, given), scalar_buffers(inner), canonical)
+    graph = Graph(traced, scalar_buffers(inner), canonical)
     return _structure(model, graph, table, overridden, fixed)
 
 
@@ -112,7 +121,7 @@ def _logit_gains(graph: Graph, logits: Node | None, consumed: Mapping[str, list[
     target = uncapped(graph, logits)
     shared = [name for name, found in consumed.items() if len({use.node for use in found}) > 1]
     found = Walk(graph, shared=shared).gains(target)
-    return found.gains if found is not None and proves(graph, found.gains, target) else ()
+    return found.gains if found is not None and proves(graph, found.gains, (target,), through=target) else ()
 
 
 def _fixed_axes(table: ParamTable, axes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,8 +36,7 @@ def trace(model: torch.nn.Module, inputs: Inputs) -> Trace:
     twin = meta_twin(model)
     args, kwargs = _on_meta(inputs)
     try:
-        with _quiet():
-            program = torch.export.export(twin, args, kwargs, strict=False)
+        program = _export(twin, args, kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -44,6 +44,19 @@ def trace(model: torch.nn.Module, inputs: Inputs) -> Trace:
             "legal are inputs with which its forward pass runs on the meta device"
         ) from error
     return Trace(program=program, outputs=_output_names(program))
+
+
+def _export(twin: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The exported program; a model that makes tensors without saying where gets them on the meta device."""
+    with _quiet():
+        try:
+            return torch.export.export(twin, args, kwargs, strict=False)
+        except Exception as first:
+            try:
+                with torch.device("meta"):
+                    return torch.export.export(twin, args, kwargs, strict=False)
+            except Exception:
+                raise first from None
 
 
 def meta_twin(model: torch.nn.Module) -> torch.nn.Module:
@@ -83,25 +96,27 @@ def _on_meta(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of the exporter, no gradients, and attention as operators rather than one fused call."""
+    """No words of the exporter, no gradients, and attention as operators rather than one fused call."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    speaks = logging.getLogger("torch")
+    level = speaks.level
     try:
+        speaks.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
+        speaks.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _output_names(program: Any) -> tuple[str, ...]:
     """One name per output tensor, "" where the model gives none."""
     spec = program.call_spec.out_spec
-    keys = spec.context if spec.type is not None and issubclass(spec.type, Mapping) else None
-    if keys is None:
-        return ("",) * spec.num_leaves
+    if spec.type is None or not issubclass(spec.type, Mapping):
+        return ("",) * int(spec.num_leaves)
+    keys = spec.context
     keys = keys[-1] if len(keys) and isinstance(keys[-1], (list, tuple)) else keys
-    names: list[str] = []
-    for key, child in zip(keys, spec.children(), strict=True):
-        names += [str(key)] * child.num_leaves
-    return tuple(names)
+    pairs = zip(keys, spec.children(), strict=True)
+    return tuple(str(key) for key, child in pairs for _ in range(child.num_leaves))

@@ -17,7 +17,7 @@ Found = tuple[str, str]
 KEPT = ("eps", "variance_epsilon", "head_dim", "negative_slope", "approximate", "batch_first", "norm_first")
 """Attributes of modules that do not depend on width."""
 
-TREE_NAMES = ("class", *KEPT, "names", "ndim", "lengths", "tie_word_embeddings")
+TREE_NAMES = ("class", *KEPT, "names", "tie_word_embeddings", "ndim", "lengths")
 """All names of differences, the order in which they are looked for."""
 
 _INERT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
@@ -40,9 +40,9 @@ def tree_differences(base: nn.Module, target: nn.Module) -> Iterator[Found]:
     ours, theirs = _tensors(base), _tensors(target)
     yield from (("names", f"{name} is in the base alone") for name in ours if name not in theirs)
     yield from (("names", f"{name} is in the target alone") for name in theirs if name not in ours)
+    yield from _sets("tie_word_embeddings", "the twin", _ties(base), _ties(target))
     yield from _sets("ndim", "the number of dimensions", *map(_ranks, (ours, theirs)))
     yield from _sets("lengths", "a length that stays", *map(_lengths, (ours, theirs)))
-    yield from _sets("tie_word_embeddings", "the twin", _ties(base), _ties(target))
 
 
 def _sets(name: str, what: str, base: dict[str, set[Any]], target: dict[str, set[Any]]) -> Iterator[Found]:
@@ -103,8 +103,8 @@ def _kept(shape: tuple[int, ...], owner: nn.Module, role: str | None) -> tuple[i
         return shape[2:]
     if role == "position":
         return ()
-    indexed = hasattr(owner, "num_embeddings") or (role in ("head", "router") and hasattr(owner, "out_features"))
-    return shape[:1] if indexed else ()
+    counted = role in ("head", "router", "embedding") and hasattr(owner, "out_features")
+    return shape[:1] if counted or hasattr(owner, "num_embeddings") else ()
 
 
 def _roles(model: nn.Module) -> dict[str, str]:

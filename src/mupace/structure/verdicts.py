@@ -132,8 +132,8 @@ def decided(param: Param, verdict: Verdict | None, fixed: bool) -> Param:
     role, said = verdict
     if param.role == UNKNOWN:
         return replace(param, role=role, evidence=said)
-    if role == param.role:
-        return replace(param, evidence=f"{param.evidence}; {said}")
+    if param.role in (role, "linear"):
+        return replace(param, role=role, evidence=f"{param.evidence}; {said}")
     return replace(param, role=role, evidence=f"{said}, against {param.role} ({param.evidence})")
 
 

@@ -431,6 +431,12 @@ def _refuse_another_run(path: Path, saved: Mapping[str, Any], parts: Parts) -> N
     here = config.to_dict()
     for section in FIXED:
         then, now = saved["config"].get(section, {}), here.get(section, {})
+        if not (then and now) and (then or now):
+            words = ("with", "has no such section") if then else ("without", "has one")
+            raise CheckpointError(
+                f"checkpoint {path} was written {words[0]} [{section}], the config {words[1]}; legal is the same, or "
+                "another output directory"
+            )
         for key in sorted(then.keys() | now.keys()):
             if f"{section}.{key}" not in free and then.get(key) != now.get(key):
                 raise CheckpointError(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,11 +45,9 @@ class Worker:
         """Hand it a trial; one that is dead already is noticed when its answer is read."""
         self.trial = trial
         task = {"config": trial.config, "directory": str(directory / trial.id)}
-        try:
+        with suppress(BrokenPipeError):
             self.stdin.write(json.dumps(task).encode() + b"\n")
             self.stdin.flush()
-        except BrokenPipeError:
-            pass
 
     def answer(self) -> dict[str, Any] | None:
         """What it found; None when it died."""
@@ -61,10 +59,8 @@ class Worker:
         self.process.kill()
         self.process.wait()
         for pipe in (self.stdin, self.stdout):
-            try:
+            with suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass
 
 
 def run_trials(
