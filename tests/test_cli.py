@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -352,7 +353,7 @@ def demo(place: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tu
 
 
 def test_a_demo_in_epochs_replaces_a_demo_and_nothing_else(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    epochs = ["--set", "schedule.total=1 epochs", "--set", "batch.micro=4", "--no-kill"]
+    epochs = ["--set", "schedule.total=1 epochs", "--set", "batch.micro=4", "--no-kill", "--no-tune"]
     code, out, err = demo(place, capsys, "--out", ".", *epochs)
     assert code == 0, out + err
     assert "killed" not in out
@@ -416,6 +417,11 @@ def test_demo_kills_itself_and_finishes(place: Path) -> None:
     arguments = [word for text in quick for word in ("--set", text)]
     done = process("demo", "--text", str(place / "text.txt"), *arguments, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "taken for the target: optimizer.lr = 2^-" in done.stdout
+    lr = re.search(r"^lr = (\S+)", (place / "runs/demo/demo.toml").read_text(), re.MULTILINE)
+    assert lr is not None
+    rows = [json.loads(line) for line in (place / "runs/demo/sweep/trials.jsonl").read_text().splitlines()]
+    assert float(lr[1]) == min((r for r in rows if r["type"] == "trial"), key=lambda r: r["loss"])["lr"]
     assert "kill -9 of process" in done.stdout
     assert "resumed at update" in done.stdout
     assert (place / "runs/demo/report.html").exists()

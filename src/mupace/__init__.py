@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         unfreeze,
     )
     from mupace.scaling import Duration, Plan, RuleSet, parametrize, register_rules
+    from mupace.tune.coordinates import coordinate_check
+    from mupace.tune.sweep import sweep
 
 _LAZY = {
     "Duration": "mupace.scaling",
@@ -50,6 +52,7 @@ _LAZY = {
     "Plan": "mupace.scaling",
     "Rule": "mupace.scales",
     "RuleSet": "mupace.scaling",
+    "coordinate_check": "mupace.tune.coordinates",
     "freeze": "mupace.scales",
     "freeze_parameters": "mupace.scales",
     "groups": "mupace.scales",
@@ -65,6 +68,7 @@ _LAZY = {
     "register_rules": "mupace.scaling",
     "role_policy": "mupace.scales",
     "scale": "mupace.scales",
+    "sweep": "mupace.tune.sweep",
     "unfreeze": "mupace.scales",
 }
 
@@ -89,6 +93,7 @@ __all__ = [
     "Span",
     "StateError",
     "__version__",
+    "coordinate_check",
     "freeze",
     "freeze_parameters",
     "groups",
@@ -105,6 +110,7 @@ __all__ = [
     "role_policy",
     "scale",
     "schedule",
+    "sweep",
     "unfreeze",
 ]
 

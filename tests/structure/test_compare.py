@@ -143,6 +143,11 @@ def test_the_sentence_of_a_head_size() -> None:
     )
 
 
+def test_a_head_size_under_another_name_is_one_difference() -> None:
+    notes = compare(hf.T5Config(d_kv=8), hf.T5Config(d_kv=16), allow=("head_dim",))
+    assert notes == ("head_dim=8, the target has 16",)
+
+
 def test_further_differences_are_named() -> None:
     with pytest.raises(ConfigError, match=r"\(they also differ in hidden_act, rms_norm_eps\)$"):
         compare(config_of(TEXT), config_of(TEXT, vocab_size=128, hidden_act="gelu", rms_norm_eps=1e-5))

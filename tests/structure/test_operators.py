@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mupace.errors import ConfigError, MatchError
+from mupace.errors import ConfigError, MatchError, MupaceWarning
 from mupace.params import param_table, register_module
 from mupace.params.axes import MODULE_AXES
 from mupace.params.roles import MODULES
@@ -247,8 +247,8 @@ def test_what_nothing_explains_stops() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"roles": {"w": "fnn"}}, "overrides['w']='fnn' is not known (did you mean 'ffn'?)"),
-        ({"roles": {"v": "ffn"}}, "overrides='v' matches no tensor"),
+        ({"roles": {"w": "fnn"}}, "roles['w']='fnn' is not known (did you mean 'ffn'?)"),
+        ({"roles": {"v": "ffn"}}, "roles='v' matches no tensor"),
         ({"axes": {"w": ("out", "on")}}, "axes['w']='on' is not known: legal are out, in, index"),
         ({"axes": {"w": ("out",)}}, "axes['w']=('out',) is for 1 dimensions: w is (3, 8)"),
         ({"axes": {"w": "out"}}, "axes['w']='out' is one word"),
@@ -305,3 +305,15 @@ def test_multihead_attention_of_torch() -> None:
         (weight("self_attn.out_proj.weight", "self_attn.out_proj.bias"),),
         (weight("linear2.weight", "linear2.bias"),),
     )
+
+
+def test_a_model_that_cannot_be_traced_warns() -> None:
+    """Without inputs of the user's own, types and names are what is left of a model whose forward pass fails."""
+    model = ZOO["llama"].build()
+    model.model.layers[0].self_attn.head_dim = 7
+    with pytest.warns(MupaceWarning, match="model=LlamaForCausalLM cannot be traced.*only its types and names"):
+        structure = read(model)
+    assert not structure.traced
+    assert structure.branches == ()
+    with pytest.raises(ConfigError, match="model=LlamaForCausalLM cannot be traced"):
+        read(model, inputs={"input_ids": torch.zeros(2, 5, dtype=torch.long)})

@@ -118,6 +118,12 @@ def test_what_derives_from_the_hidden_size_still_does() -> None:
     assert resize(hf.GPT2Config(n_embd=32, n_head=4, n_inner=48), width=2).n_inner == 96
 
 
+def test_a_narrower_embedding_grows_too() -> None:
+    assert (
+        resize(hf.AlbertConfig(hidden_size=32, num_attention_heads=4, embedding_size=16), width=2).embedding_size == 32
+    )
+
+
 @pytest.mark.parametrize(("heads", "kv", "wanted"), [(4, 1, (8, 1)), (4, 2, (8, 4)), (4, 4, (8, 8)), (1, 1, (2, 2))])
 def test_key_value_heads(heads: int, kv: int, wanted: tuple[int, int]) -> None:
     sizes = {**LLAMA_SIZES, "num_attention_heads": heads, "num_key_value_heads": kv}

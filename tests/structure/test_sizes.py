@@ -239,3 +239,12 @@ def test_a_sum_must_be_confirmed_and_exact() -> None:
     alone = Build({"b": 12}, 9)
     assert fitted(fields, [*line, alone, Build({"b": 12, "a": 8}, 17)]) == "2*a + 1"
     assert fitted(fields, [*line, alone, Build({"b": 12, "a": 8}, 18)]) is None  # b has a say only together with a
+
+
+def test_rounded_quotients_say_nothing() -> None:
+    """What ViT does: 224 pixels make 7 patches of 32, and 3 of 64."""
+    fields = {"image": 224, "patch": 16}
+    image = [Build({"image": 448}, 28), Build({"image": 896}, 56)]
+    patch = [Build({"patch": 32}, 7), Build({"patch": 64}, 3), Build({"patch": 8}, 28)]
+    assert fitted(fields, [Build({}, 14), *image, *patch]) == "image/patch"
+    assert fitted(fields, [Build({}, 14), *image, *patch, Build({"patch": 4}, 57)]) is None  # 56 would be exact

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mupace.errors import CheckpointError, ConfigError
 from mupace.record import read
+from mupace.report import report
 from mupace.trainer import checkpoint
 from mupace.trainer.config import RunConfig
 from mupace.trainer.loop import Parts, Trainer, prepare, train
@@ -315,3 +316,12 @@ def test_a_batch_rule_that_changed_is_refused_on_resume() -> None:
     with pytest.raises(CheckpointError, match=r"optimizer\.batch_rule="):
         run(config(2))
     assert len(read("run").updates["loss"]) == 2
+
+
+def test_the_report_shows_the_norm_that_clips_and_the_scaling() -> None:
+    run(scaled(4), "scaled")
+    run(config(4, model__config=WIDE), "plain")
+    with_plan, without = (report(out).read_text() for out in ("scaled", "plain"))
+    for words in ("Scaled from a base", "mup, 2 times wider", "weighted norm", "Weighted norm"):
+        assert words in with_plan, words
+        assert words not in without, words

@@ -196,16 +196,19 @@ def test_finished_trials_are_never_run_again(run: RunConfig, whole: Sweep, tmp_p
     assert same(whole, grown)
 
 
-def test_a_killed_sweep_goes_on(file: Path, run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
-    """SIGKILL of the sweep and its workers together, in the middle of a trial."""
-    command = [sys.executable, "-m", "mupace.tune.worker"]  # of the workers; the sweep itself is started below
+def started(file: Path, out: Path, change: str = "") -> subprocess.Popen[bytes]:
+    """The sweep `whole` with two jobs, in a process group of its own."""
     code = (
         "import sys; from mupace.trainer.config import RunConfig; from mupace.tune.sizes import Size\n"
-        "from mupace.tune.sweep import sweep\n"
-        f"sweep(RunConfig.load(sys.argv[1]), lrs={LRS}, sizes=[Size(width=2)], seeds=(0, 1), out=sys.argv[2], jobs=2)"
+        f"from mupace.tune.sweep import sweep; run = RunConfig.load(sys.argv[1]){change}\n"
+        f"sweep(run, lrs={LRS}, sizes=[Size(width=2)], seeds=(0, 1), out=sys.argv[2], jobs=2)"
     )
-    assert command[0]
-    process = subprocess.Popen([sys.executable, "-c", code, str(file), str(tmp_path)], start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", code, str(file), str(out)], start_new_session=True)
+
+
+def test_a_killed_sweep_goes_on(file: Path, run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
+    """SIGKILL of the sweep and its workers together, in the middle of a trial."""
+    process = started(file, tmp_path)
     trials, running = tmp_path / "trials.jsonl", tmp_path / "running"
     while process.poll() is None and not (trials.exists() and trials.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)
@@ -288,11 +291,10 @@ def test_a_trial_that_cannot_be_run_is_one_line(run: RunConfig, tmp_path: Path) 
         sweep(run.replace({"optimizer.options": {"betas": [2.0, 3.0]}}), lrs=LRS, seeds=(0,), out=tmp_path)
 
 
-def workers() -> list[int]:
-    """The worker processes that this one has started."""
-    me = os.getpid()
-    children = Path(f"/proc/{me}/task")
-    found = [int(pid) for task in children.iterdir() for pid in (task / "children").read_text().split()]
+def workers(parent: int | None = None) -> list[int]:
+    """The worker processes that a process, this one, has started."""
+    tasks = Path(f"/proc/{parent or os.getpid()}/task")
+    found = [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
     return [pid for pid in found if b"mupace.tune.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
@@ -344,6 +346,25 @@ def test_a_trial_that_two_workers_die_in_ends_the_sweep(run: RunConfig, tmp_path
     assert workers() == []
 
 
+@needs_proc
+def test_workers_do_not_outlive_the_sweep(file: Path, tmp_path: Path) -> None:
+    """Or the next sweep would train in the directory that they train in."""
+    process = started(file, tmp_path, '.replace({"schedule.total": "1000000 steps"})')
+    records = []
+    while process.poll() is None and not records:
+        time.sleep(0.05)
+        records = [path for path in tmp_path.glob("running/*/*") if path.stat().st_size > 10_000]
+    left = workers(process.pid)
+    assert len(left) == 2
+    process.kill()  # and no signal to the workers
+    process.wait()
+    deadline = time.monotonic() + 60
+    while left and time.monotonic() < deadline:
+        left = [pid for pid in left if Path(f"/proc/{pid}/cmdline").exists()]
+        time.sleep(0.05)
+    assert left == []
+
+
 def test_the_proxys_length_follows_from_the_targets(run: RunConfig) -> None:
     refuse_other_length(run, "8 steps")
     with pytest.raises(ConfigError, match="--proxy-total '4 steps' is 4 updates, the target's 8 make it 8"):
@@ -389,7 +410,7 @@ def sweep_command(file: Path, out: Path, *more: str) -> int:
     return cli.run(["sweep", str(file), "--out", str(out), "--seeds", "1", "--quiet", *more])
 
 
-BRACKETED = ("--lr", "1e-6, 1e-2, 1e2")
+BRACKETED = ("--lr", "1e-6, 5e-3, 1e-2, 1e2")
 
 
 def test_the_command_finds_the_rate_and_writes_the_run_file(
@@ -435,7 +456,7 @@ def test_the_command_does_not_claim_a_rate_at_the_edge(
         ((*BRACKETED, "--max-regret", "1%"), "legal is with --evidence"),
         ((*BRACKETED, "--widths", "2", "--max-regret", "low"), "--max-regret 'low'"),
         ((*BRACKETED, "--widths", "2", "--max-shift", "-1"), "--max-shift -1"),
-        ((*BRACKETED, "--widths", "2", "--compare", "mupp"), "rules='mupp'"),
+        ((*BRACKETED, "--widths", "2", "--compare", "mupp"), "--compare='mupp'"),
         ((*BRACKETED, "--proxy-total", "4 steps"), "--proxy-total '4 steps'"),
         ((*BRACKETED, "--plot", "sweep.gif"), "sweep.gif"),
         ((*BRACKETED, "--set", "optimizer.lrr=3"), "lrr"),

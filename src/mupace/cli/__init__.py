@@ -15,12 +15,16 @@ from cyclopts import App, CycloptsError, Parameter
 from mupace._version import __version__
 
 COMMANDS = {
-    "demo": "Train a small Transformer on real text, kill it, resume it, and write the report.",
+    "demo": "Tune a learning rate on a small Transformer, train a larger one with it on real text, kill it, resume it, "
+    "and write the report.",
     "schedule": "Show schedules: as a table, as a picture, several compared; preview a change of the horizon. "
     "Without a text: Noam, cosine and WSD, drawn to schedules.png.",
-    "params": "Show every parameter of a model with its role, and the groups that rules make of them.",
+    "params": "Show every parameter of a model with its role, the groups that rules make of them, and how each is "
+    "scaled from a base.",
     "train": "Train from a config file; continues from the newest complete checkpoint.",
     "check": "Run the pre-flight list against a config file.",
+    "coord": "Train models of several sizes for a few updates: do activations and their changes keep their size?",
+    "sweep": "Find the learning rate on a small model, and show whether it serves the large one.",
     "report": "Make one HTML page of a run, with no network use.",
 }
 
@@ -34,7 +38,7 @@ EXTRAS = {
 app = App(
     name="mupace",
     version=__version__,
-    help="Paces the learning rate of any PyTorch model, and checks the plan before the run.",
+    help="Paces the learning rate of any PyTorch model, and moves what was tuned on a small model to a large one.",
     print_error=False,
     exit_on_error=False,
     help_format="plaintext",

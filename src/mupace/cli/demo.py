@@ -1,8 +1,9 @@
-"""`mupace demo`: the main job from end to end, and a real `kill -9` in the middle of it."""
+"""`mupace demo`: the main job from end to end, a learning rate from a proxy and a real `kill -9` on the way."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,26 +11,31 @@ import subprocess
 import sys
 import time
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from mupace.cli.settings import GivenPath
+from mupace.cli.settings import GivenPath, load_config
 from mupace.errors import ConfigError
+from mupace.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mupace.trainer.config import RunConfig
     from mupace.trainer.loop import Result
     from mupace.units import Horizon
 
 KILL_AFTER = 0.4  # of the run
+RATES = "2^-9..2^-5"  # tried on the proxy
 SOURCE = "demo.toml"
 RECORD = "record.rank0.jsonl"
 # What a demo leaves in its directory, and what a killed process may leave there half written.
 MADE = re.compile(
-    r"demo\.toml|record\.rank\d+\.jsonl|step-\d+|report\.html|tensorboard|\.(tmp|old)-step-.*|\.report\.html\..*"
+    r"demo\.toml|record\.rank\d+\.jsonl|step-\d+|report\.html|tensorboard|sweep|sweep\.png"
+    r"|\.(tmp|old)-step-.*|\.report\.html\..*"
 )
 
 
@@ -38,9 +44,10 @@ def demo(
     out: GivenPath = Path("runs/demo"),
     text: Annotated[list[str] | None, Parameter(name="--text")] = None,
     set_: Annotated[list[str] | None, Parameter(name="--set")] = None,
+    tune: Annotated[bool, Parameter(negative="--no-tune")] = True,
     kill: Annotated[bool, Parameter(negative="--no-kill")] = True,
 ) -> int:
-    """Train a small Transformer on real text, kill it, resume it, and write the report.
+    """Tune a learning rate on a small Transformer, train a larger one with it, kill it, resume it, write the report.
 
     Parameters
     ----------
@@ -50,12 +57,13 @@ def demo(
         Files, folders or patterns to train on instead of the standard library's source; may be repeated.
     set_
         A change of a key of the demo's config, such as optimizer.lr=1e-3; may be repeated.
+    tune
+        Tune the learning rate on the proxy first; it is left out where --set gives optimizer.lr.
     kill
         Kill the training process on the way, to show that nothing is lost.
     """
     from mupace.checks import check_config
     from mupace.cli.progress import shown
-    from mupace.cli.settings import load_config
     from mupace.report import report
     from mupace.trainer.loop import train
     from mupace.trainer.parts import ingredients
@@ -73,7 +81,10 @@ def demo(
     if not checked.passed:
         return 1
     config = _fresh(out, source)
-    print("\n3. The run:\n", flush=True)
+    if tune and not any(change.replace(" ", "").startswith("optimizer.lr=") for change in changes):
+        settings = _tuned(settings, config)
+        changes = [*changes, f"optimizer.lr={settings.optimizer.lr!r}"]
+    print("\n4. The run, of the target:\n", flush=True)
     if kill and (code := _train_and_kill(config, out, changes, curve.horizon)):
         return code
     with shown(quiet=False) as progress:
@@ -81,6 +92,31 @@ def demo(
     page = report(out)
     _explain(result, page, config)
     return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason].value
+
+
+def _tuned(settings: RunConfig, config: Path) -> RunConfig:
+    """The settings with the learning rate that is best for the proxy, which the run file then has too."""
+    from mupace.tune.picture import plot_sweeps
+    from mupace.tune.rates import learning_rates, rate_text
+    from mupace.tune.runfile import with_lr
+    from mupace.tune.sweep import sweep
+
+    print("\n3. The learning rate, on the proxy (mupace sweep):\n", flush=True)
+    found = sweep(
+        settings,
+        lrs=learning_rates(RATES),
+        seeds=(0,),
+        out=config.parent / "sweep",
+        jobs=min(2, os.cpu_count() or 1),
+        progress=lambda row: print(f"   {row['message']}", flush=True),
+    )
+    print(f"\n{found}\n\n   taken for the target: optimizer.lr = {rate_text(found.lr)}", end="")
+    print("" if found.best().bracketed else "   (at the edge of the grid: not bracketed)")
+    if find_spec("matplotlib") is not None:
+        plot_sweeps([found], config.parent / "sweep.png")
+    text = config.read_text(encoding="utf-8")
+    write_whole(config, with_lr(text, load_config(config, ()), found.lr), "run file")
+    return settings.replace({"optimizer.lr": found.lr})
 
 
 def _refuse_others(out: Path) -> None:
@@ -151,7 +187,7 @@ def _explain(result: Result, page: Path, config: Path) -> None:
     bits, tokens = result.bits_per_byte or float("nan"), int(run.updates["token"][-1])
     print(
         f"""
-4. What happened
+5. What happened
 
    {result.steps} updates on {tokens:,} tokens, {result.seconds:.0f} s of training{resumed}.
    loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.

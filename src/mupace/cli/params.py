@@ -29,6 +29,7 @@ def params(
     layer_decay: float | None = None,
     base: list[str] | None = None,
     rules: str | None = None,
+    allow: list[str] | None = None,
     diff: str | None = None,
     save: Path | None = None,
 ) -> int:
@@ -58,28 +59,31 @@ def params(
         A key of the configuration in which the base differs (hidden_size=64); may be repeated. Or the base's folder.
     rules
         The rule set by which the model is scaled: mup, completep, spectral, ... (mup when none is named).
+    allow
+        A difference from the base that is meant, such as head_dim; may be repeated.
     diff
         Compare with another plan: the TOML file of a run, or a plan that --save wrote.
     save
         Write the plan as JSON.
     """
-    config = _config(model, set_ or [], lr, weight_decay, layer_decay, _section(base or [], rules))
+    config = _config(model, set_ or [], lr, weight_decay, layer_decay, _section(base or [], rules, allow or []))
     if config.parametrize is None:
         _refuse_without_plan(model, diff, save)
     table, plan = _read(config)
+    other = None if diff is None else _plan_of(diff)
     _print(config, table, plan, select, groups)
     if plan is not None and save is not None:
         from mupace.files import write_whole
 
         write_whole(save, json.dumps(plan.to_dict(), indent=1))
-    if plan is None or diff is None:
+    if plan is None or other is None:
         return 0
-    found = plan.diff(_plan_of(diff))
+    found = plan.diff(other)
     print(f"\n{found or 'the plans are the same'}")
     return 1 if found else 0
 
 
-def _section(base: list[str], rules: str | None) -> dict[str, Any]:
+def _section(base: list[str], rules: str | None, allow: list[str]) -> dict[str, Any]:
     """The [parametrize] keys that the options stand for."""
     from mupace.cli.settings import change
 
@@ -87,7 +91,8 @@ def _section(base: list[str], rules: str | None) -> dict[str, Any]:
     if folder and len(base) > 1:
         raise ConfigError(f"--base {folder[0]!r}: legal is one folder, or keys as hidden_size=64")
     given: Any = folder[0] if folder else dict(change(text) for text in base)
-    return ({"base": given} if base else {}) | ({} if rules is None else {"rules": rules})
+    options = {"base": given if base else None, "rules": rules, "allow": allow or None}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _refuse_without_plan(model: str, diff: str | None, save: Path | None) -> None:

@@ -94,8 +94,7 @@ def sweep(
     sizes = _sizes(settings, evidence, widths, depths)
     refuse_other_length(settings, proxy_total)
     bounded = max_shift is not None or regret is not None
-    if len(sizes) == 1 and (bounded or compare is not None):
-        raise ConfigError("--max-shift, --max-regret and --compare are about larger sizes: legal is with --evidence")
+    _refuse(sizes, compare, max_shift, plot, bounded=bounded)
     common: dict[str, Any] = {"lrs": lrs, "out": out, "sizes": sizes, "seeds": range(seeds), "jobs": jobs}
     common |= {"objective": objective, "progress": _progress(quiet, as_json)}
     sweeps = [run(settings, rules=rules, **common) for rules in dict.fromkeys((None, compare))]
@@ -109,6 +108,23 @@ def sweep(
     if write is not None and not failures:
         _write(write, config, settings, sweeps[0].lr)
     return 1 if failures else 0
+
+
+def _refuse(
+    sizes: tuple[Size, ...], compare: str | None, max_shift: float | None, plot: Path | None, *, bounded: bool
+) -> None:
+    """What would only be found to be wrong when everything has been trained."""
+    from mupace.tune.picture import refuse_suffix
+    from mupace.tune.sizes import refuse_rules
+
+    if len(sizes) == 1 and (bounded or compare is not None):
+        raise ConfigError("--max-shift, --max-regret and --compare are about larger sizes: legal is with --evidence")
+    if max_shift is not None and not max_shift >= 0:
+        raise ConfigError(f"--max-shift {max_shift:g}: legal are octaves, 0 or more")
+    if compare is not None:
+        refuse_rules("--compare", compare)
+    if plot is not None:
+        refuse_suffix(plot)
 
 
 def _sizes(settings: RunConfig, evidence: bool, widths: str | None, depths: str | None) -> tuple[Size, ...]:

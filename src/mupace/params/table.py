@@ -164,10 +164,13 @@ def param_table(model: Any, overrides: Mapping[str, str] | None = None) -> Param
     return table
 
 
-def total_table(model: Any, overrides: Mapping[str, str] | None = None) -> ParamTable:
-    """The table of `param_table`, with rows of role `UNKNOWN` where nothing speaks for one."""
+def total_table(model: Any, overrides: Mapping[str, str] | None = None, argument: str = "overrides") -> ParamTable:
+    """The table of `param_table`, with rows of role `UNKNOWN` where nothing speaks for one.
+
+    `argument` is what the caller's user calls the overrides.
+    """
     names = _names_by_tensor(model)
-    rows = _override(_rows(model, names), overrides or {})
+    rows = _override(_rows(model, names), overrides or {}, argument)
     tensors = {aliases[0]: tensor for tensor, aliases in names}
     return ParamTable(tuple(rows), MappingProxyType(tensors))
 
@@ -264,12 +267,12 @@ def _place(row: Param, before_blocks: bool) -> str:
     return "input" if before_blocks or any(word in row.name for word in _FIRST_WORDS) else "output"
 
 
-def _override(rows: list[Param], overrides: Mapping[str, str]) -> list[Param]:
+def _override(rows: list[Param], overrides: Mapping[str, str], argument: str) -> list[Param]:
     changed = {row.name: row for row in rows}
     for selector, role in overrides.items():
         if role not in ROLES:
-            raise one_of(f"overrides[{selector!r}]", role, ROLES)
-        for row in matching(rows, selector, "overrides"):
+            raise one_of(f"{argument}[{selector!r}]", role, ROLES)
+        for row in matching(rows, selector, argument):
             changed[row.name] = replace(row, role=role, evidence=f"override {selector}")
     return list(changed.values())
 

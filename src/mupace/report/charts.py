@@ -170,6 +170,9 @@ def _norm(run: Run) -> Chart | None:
     if not len(x):
         return None
     lines = _raw_and_smooth(x, y, "norm", 3)
+    at, used = _column(run, "grad_norm_equivariant")
+    if len(at):  # of a scaled model: the one that is compared with the bound
+        lines.append(_raw_and_smooth(at, used, "weighted norm", 4)[1])
     limit = lookup(run, *_CLIP_NAMES)
     caption = f"Median {real(float(np.median(y)))}, highest {real(float(y.max()))}."
     if isinstance(limit, (int, float)) and limit > 0:

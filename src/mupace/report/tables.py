@@ -47,6 +47,15 @@ def _named(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
+def _scaled(plan: Any) -> str | None:
+    """By which rules, and how far."""
+    if not isinstance(plan, dict):
+        return None
+    grown = (("wider", plan.get("largest_k_in")), ("deeper", plan.get("largest_k_depth")))
+    told = [f"{k:g} times {word}" for word, k in grown if isinstance(k, (int, float)) and k != 1]
+    return ", ".join([str(plan.get("rules")), *told])
+
+
 def facts(run: Run) -> Html:
     """What the run is, as a list of terms; what the record does not say is left out."""
     h = run.header
@@ -61,6 +70,7 @@ def facts(run: Run) -> Html:
         ("Device", _named(lookup(run, "device", "device_name"))),
         ("Precision", _named(lookup(run, "dtype", "precision", "amp"))),
         ("Seed", lookup(run, "seed")),
+        ("Scaled from a base", _scaled(h.get("parametrize"))),
         (
             "Rate taken at",
             {"midpoint": "the middle", "start": "the start", "end": "the end"}.get(str(h.get("sample"))),
@@ -263,7 +273,7 @@ def numbers(run: Run, found: Sequence[Trace]) -> Html | None:
         return None
     index = taken[np.unique(np.linspace(0, len(taken) - 1, 21).astype(int))]
     shown = [(t, run.lr[t.names[0]]) for t in found[:6] if t.names[0] in run.lr]
-    others = [n for n in ("loss", "grad_norm", "tokens_per_second") if n in run.updates]
+    others = [n for n in _TITLES if n in run.updates]
     head = ["Update", *(f"LR {', '.join(t.names)}" for t, _ in shown), *(_TITLES[n] for n in others)]
     rows = [
         [
@@ -276,7 +286,12 @@ def numbers(run: Run, found: Sequence[Trace]) -> Html | None:
     return table("The curves as numbers", head, rows, numeric=range(len(head)))
 
 
-_TITLES = {"loss": "Loss", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens/s"}
+_TITLES = {
+    "loss": "Loss",
+    "grad_norm": "Gradient norm",
+    "grad_norm_equivariant": "Weighted norm",
+    "tokens_per_second": "Tokens/s",
+}
 
 
 def config(run: Run) -> Html | None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from mupace.errors import ConfigError, MatchError, one_of
-from mupace.structure import Structure, read
-from mupace.structure.compare import compare
+from mupace.structure import Structure, compare, read
 
 SEED = 0  # of the base's own weights, of which only the standard deviations are used
 
@@ -59,6 +58,7 @@ def base_of(
             shell = build(model, config)
     except (ValueError, RuntimeError, TypeError, AssertionError) as error:
         raise ConfigError(f"base={base!r} cannot be built: {str(error).splitlines()[0]}") from error
+    compare(shell, model, allow=allow)  # tensors and ties, too
     structure = read(shell, inputs=inputs, roles=roles, axes=axes)
     return Base(structure=structure, model=shell, fresh=lambda: build(model, config))
 

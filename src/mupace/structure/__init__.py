@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from mupace.structure.compare import compare
 from mupace.structure.model import Gain, Structure
 from mupace.structure.reader import read
+from mupace.structure.resize import resize
+from mupace.structure.sizes import label_sizes, length, unexplained
 
-__all__ = ["Gain", "Structure", "read"]
+__all__ = ["Gain", "Structure", "compare", "label_sizes", "length", "read", "resize", "unexplained"]

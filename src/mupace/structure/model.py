@@ -28,7 +28,8 @@ class Structure:
     table: ParamTable
     """Rows with role, evidence, axes, sizes."""
     branches: tuple[tuple[Gain, ...], ...] = ()
-    """One entry for each residual branch (x + f(x)): the gains that together scale f(x), all of them."""
+    """One entry for each residual branch (x + f(x)): the gains that together scale f(x), all of them. Parallel parts of
+    one sum are one branch; branches that share their gains (ALBERT's layers) are listed once."""
     logits: tuple[Gain, ...] = ()
     """What scales the logits: the head's weight; for a tied head the gain of the norm before it. () if nothing does."""
     queries: Mapping[str, tuple[Gain, ...]] = field(default_factory=dict)

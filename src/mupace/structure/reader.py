@@ -53,7 +53,7 @@ def read(
         ConfigError: for a role or an axis that does not exist, or a forward pass that `inputs` cannot trace.
         MatchError: for a trainable tensor whose role or axes nothing gives, or a selector that names nothing.
     """
-    table = total_table(model, roles)
+    table = total_table(model, roles, "roles")
     overridden = {row.name for selector in roles or {} for row in matching(table.rows, selector, "roles")}
     fixed = _fixed_axes(table, axes or {})
     inner, prefix = _unwrapped(model)

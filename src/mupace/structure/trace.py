@@ -70,9 +70,15 @@ def meta_twin(model: torch.nn.Module) -> torch.nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
     twin.eval()
-    if hasattr(getattr(twin, "config", None), "use_cache"):
-        twin.config.use_cache = False  # type: ignore[union-attr]
+    _configured(getattr(twin, "config", None))
     return twin
+
+
+def _configured(config: Any) -> None:
+    """No cache, and experts as one grouped product: a loop over the experts that were hit cannot be traced."""
+    for name, value in (("use_cache", False), ("_experts_implementation", "grouped_mm")):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -73,9 +73,11 @@ def _outcome(check: CoordinateCheck, axis: str) -> str:
         return f"passes: the worst is {worst} ({bound})"
     failing = sum(v.status == FAILS for v in found)
     open_ = sum(v.status == UNDECIDED for v in found)
-    counts = [f"{failing} fail" if failing else "", f"{open_} undecided (more seeds or sizes are needed)" if open_ else ""]
+    counts = [
+        f"{failing} fail" if failing else "",
+        f"{open_} undecided (more seeds or sizes are needed)" if open_ else "",
+    ]
     said = check.cause(axis)
-    return (
-        f"FAILS: {', '.join(filter(None, counts)) or 'nothing could be fitted'}; the worst is {worst} ({bound})"
-        + (f"\nlikely cause: {said}" if said else "")
+    return f"FAILS: {', '.join(filter(None, counts)) or 'nothing could be fitted'}; the worst is {worst} ({bound})" + (
+        f"\nlikely cause: {said}" if said else ""
     )

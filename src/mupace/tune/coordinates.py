@@ -127,9 +127,9 @@ def coordinate_check(
     figure: rms of a module's output on one fixed batch, the first one, before and after the updates, and rms of how far
     training moved it. [low, high] is what the rules promise (`expectations.TABLE`), [0, 0] for nearly all.
 
-    Widths are compared at the base's depth and depths at the base's width. Along width, all blocks are taken together;
-    along depth, blocks with the same share of the depth before them are compared: {0} is the first one, {1/2} the one
-    half way.
+    Widths are compared at the base's depth and depths at the base's width. Along width, all blocks are taken together.
+    Along depth, the residual stream is read half way {1/2} and after the last block {1}, all else over the second half
+    of the blocks {1/2..}: single blocks differ too much from each other.
 
     Args:
         base: configuration of a causal language model of `transformers`, or a model that has one: the base, which is
@@ -297,7 +297,9 @@ def _config(base: Any) -> Any:
 def _on_meta(config: Any) -> torch.nn.Module:
     from mupace.trainer.model import Blueprint, build
 
-    blueprint = Blueprint(config=config, weights=None, dtype=torch.float32, attention=None, gradient_checkpointing=False)
+    blueprint = Blueprint(
+        config=config, weights=None, dtype=torch.float32, attention=None, gradient_checkpointing=False
+    )
     with torch.device("meta"):
         model: torch.nn.Module = build(blueprint)
     return model

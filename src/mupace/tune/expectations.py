@@ -37,12 +37,27 @@ _READOUT = Expected(
     reason="initial weights of the readout fall with 1/width, and what they give of values that are not aligned with them "
     "with 1/sqrt(width)",
 )
-_AVERAGED = Expected(low=-0.5, reason="branches of random weights, each divided by the depth, add up to 1/sqrt(depth)")
+_AVERAGED = Expected(
+    low=-0.5,
+    reason="what random weights of the branches give, each divided by the depth, adds up to 1/sqrt(depth)",
+)
 _LAZY = Expected(low=-0.5, reason="each block's own change falls with 1/sqrt(depth), that of what it is given does not")
 
 TABLE: tuple[_Row, ...] = (
-    _Row(axis="width", kinds=("output", "router"), quantities=("start", "first change", "size"), alphas=ANY, expected=_READOUT),
-    _Row(axis="depth", kinds=("stream",), quantities=("start", "size"), alphas=(1.0,), expected=_AVERAGED),
+    _Row(
+        axis="width",
+        kinds=("output", "router"),
+        quantities=("start", "first change", "size"),
+        alphas=ANY,
+        expected=_READOUT,
+    ),
+    _Row(
+        axis="depth",
+        kinds=("stream", "branch"),
+        quantities=("start", "first change", "size"),
+        alphas=(1.0,),
+        expected=_AVERAGED,
+    ),
     _Row(
         axis="depth",
         kinds=("hidden", "branch", "attention", "router"),

@@ -33,8 +33,7 @@ def plot_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
         StateError: the file cannot be written.
     """
     target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"plot={str(path)!r} has suffix {target.suffix!r}: legal are {', '.join(SUFFIXES)}")
+    refuse_suffix(target)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -51,6 +50,16 @@ def plot_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=target.suffix[1:].lower())
     write_whole(target, drawn.getvalue(), "picture")
+
+
+def refuse_suffix(path: Path) -> None:
+    """Refuse a file that is no picture.
+
+    Raises:
+        ConfigError: with the legal suffixes.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"plot={str(path)!r} has suffix {path.suffix!r}: legal are {', '.join(SUFFIXES)}")
 
 
 def _draw(axes: Any, sweep: Sweep) -> None:

@@ -45,7 +45,7 @@ class Setup:
     adds: frozenset[str]
     """Modules whose output is added to the residual stream."""
     middle: Fraction
-    """The share of the depth at which blocks of models of different depth are compared, besides 0 and 1."""
+    """The share of the depth, about one half, that falls between two blocks at every depth."""
 
     def model(self, size: Size, seed: int) -> torch.nn.Module:
         """A fresh model, its weights a function of size and seed."""
@@ -87,7 +87,7 @@ class Run:
     width: Mapping[str, Curve]
     """Place to its figures, all blocks taken together."""
     depth: Mapping[str, Curve]
-    """Place to its figures, each block that has a counterpart at every depth by itself."""
+    """Place to its figures: what blocks give half way and at the end, all else over the second half of the blocks."""
     near_eps: Mapping[str, float] = field(default_factory=dict)
     """Role to the share of its entries that eps slows: sqrt(v) below ten times eps after the last update."""
 
@@ -131,11 +131,12 @@ def _update(model: torch.nn.Module, optimizers: Sequence[Any], loss: Callable[..
 
 
 def _compared(spot: Spot, middle: Fraction) -> str | None:
-    """The label of a place that has a counterpart at every depth: the same share of the blocks lies before it."""
+    """The label of a place along depth: the stream half way and at the end, all else over the second half of blocks."""
     if spot.share is None:
         return spot.path
-    shares = (middle, Fraction(1)) if spot.kind == "stream" else (Fraction(0), middle)
-    return spot.path.replace("{}", f"{{{spot.share}}}") if spot.share in shares and spot.share >= 0 else None
+    if spot.kind == "stream":
+        return spot.path.replace("{}", f"{{{spot.share}}}") if spot.share in (middle, 1) else None
+    return spot.path.replace("{}", f"{{{middle}..}}") if spot.share >= middle else None
 
 
 def _curves(

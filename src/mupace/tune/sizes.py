@@ -162,10 +162,7 @@ def at_size(of: Family, size: Size, rules: str) -> RunConfig:
     Raises:
         ConfigError: unknown rules, or a size that the family cannot have.
     """
-    from mupace.scaling import RULES
-
-    if rules not in (*RULES, STANDARD):
-        raise one_of("rules", rules, [*RULES, STANDARD])
+    refuse_rules("rules", rules)
     wanted = of.grown(size)
     values = of.run.to_dict()
     section = values.pop("parametrize", {})
@@ -174,6 +171,18 @@ def at_size(of: Family, size: Size, rules: str) -> RunConfig:
     if base and rules != STANDARD:
         values["parametrize"] = {**section, "rules": rules, "base": base}
     return type(of.run).parse(values)
+
+
+def refuse_rules(argument: str, rules: str) -> None:
+    """Refuse a name that is no rule set.
+
+    Raises:
+        ConfigError: with the legal names.
+    """
+    from mupace.scaling import RULES
+
+    if rules not in (*RULES, STANDARD):
+        raise one_of(argument, rules, dict.fromkeys([*RULES, STANDARD]))
 
 
 def proxy_duration(run: RunConfig, steps: int) -> RunConfig:
