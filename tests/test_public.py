@@ -86,7 +86,7 @@ def test_the_readme_runs() -> None:
     """The README's Python, on a real model: the names it leaves to the reader are given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     import torch
 
     config = LlamaConfig(
@@ -96,8 +96,11 @@ def test_the_readme_runs() -> None:
     model = LlamaForCausalLM(config)
     ids = torch.randint(3, 32, (2, 8))
     scope = {"model": model, "loss": model(input_ids=ids, labels=ids).loss}
-    exec(code, scope)
+    exec(first, scope)
     assert scope["pacer"].clock.step == 1
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
+    large = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), **sizes, "head_dim": 64}))
+    exec(second, {**scope, "model": large})
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:

@@ -1,0 +1,117 @@
+"""The coordinate check of unmodified models: do activations and their changes keep their size in width and in depth?
+
+Llama, GPT-2 and Qwen3 (grouped queries, normed queries and keys). Width 1 to 8 times a base of 64 under `mup`; depth 1
+to 8 times a base of 4 blocks under `completep`; "standard" (the class's own initialisation, one lr) as the control.
+Bounds: every slope within 0.1 of what theory says, known to ± 0.2, over 3 seeds; the control's worst slope is beyond
+0.3. Figures and verdicts are kept in results/coordinates.json.
+
+    python benchmarks/coordinates.py [--small] [--models llama,gpt2] [--axes width,depth] [--seeds 3] [--jobs 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mupace.trainer.model import resolve
+from mupace.trainer.tokens import ByteTokenizer
+from mupace.tune.coordinates import CoordinateCheck, coordinate_check
+
+RESULTS = Path(__file__).parent / "results" / "coordinates.json"
+BOUND, CONTROL = 0.1, 0.3
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4, "intermediate_size": 192},
+    "gpt2": {},
+    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 192},
+}
+BASE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4}
+# Depth: at the usual 0.02 random branches are as large as the embedding in a model of 4 blocks, and what they add to
+# the stream, 1/sqrt(depth), is seen long after the first updates.
+AXES: dict[str, dict[str, Any]] = {
+    "width": {
+        "rules": "mup",
+        "base": {"num_hidden_layers": 2, "initializer_range": 0.02},
+        "widths": (1, 2, 4, 6, 8),
+        "depths": (1,),
+        "lr": 2**-9,
+        "updates": 8,
+    },
+    "depth": {
+        "rules": "completep",
+        "base": {"num_hidden_layers": 4, "initializer_range": 0.01},
+        "widths": (1,),
+        "depths": (1, 2, 4, 8),
+        "lr": 2**-10,
+        "updates": 8,
+    },
+}
+SMALL: dict[str, dict[str, Any]] = {"width": {"widths": (1, 2, 4)}, "depth": {"depths": (1, 2, 4)}}
+
+
+def main() -> int:
+    args = _arguments()
+    missed, kept = 0, {}
+    for name in args.models.split(","):
+        for axis in args.axes.split(","):
+            for rules in (AXES[axis]["rules"], "standard"):
+                began = time.perf_counter()
+                # slopes of the control are far outside: one seed shows them
+                check = measure(name, axis, rules, seeds=args.seeds if rules != "standard" else 1, args=args)
+                good, line = judge(check, axis, rules)
+                missed += not good
+                print(f"{name:6} {axis} {rules:9} {line}   {time.perf_counter() - began:.0f} s", flush=True)
+                kept[f"{name} {axis} {rules}"] = {"line": line, **_rounded(check.to_dict())}
+                if args.tables or not good:
+                    print(f"\n{check}\n", flush=True)
+    if not args.small:
+        RESULTS.write_text(json.dumps(kept, separators=(",", ":")) + "\n", encoding="utf-8")
+    return 1 if missed else 0
+
+
+def measure(name: str, axis: str, rules: str, *, seeds: int, args: argparse.Namespace) -> CoordinateCheck:
+    settings = {**AXES[axis], **(SMALL[axis] if args.small else {}), "rules": rules}
+    keys = {**BASE, **MODELS[name], **settings.pop("base")}
+    blueprint = resolve(name, keys, tokenizer=ByteTokenizer(), seq_len=64)
+    return coordinate_check(blueprint.config, seeds=seeds, jobs=args.jobs, bound=BOUND, **settings)
+
+
+def judge(check: CoordinateCheck, axis: str, rules: str) -> tuple[bool, str]:
+    """Whether the bound is met, and a line that says what was found."""
+    worst = check.worst(axis)
+    assert worst is not None
+    if rules == "standard":
+        good = not check.passed and abs(worst.excess) > CONTROL
+        return good, f"control: worst {worst}; bound > {CONTROL}: {_met(good)}; said: {check.cause(axis)}"
+    return check.passed, f"worst {worst}; bound {BOUND}: {_met(check.passed)}"
+
+
+def _met(good: bool) -> str:
+    return "met" if good else "MISSED"
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits are enough to fit a slope again."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items() if key != "mean"}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="three sizes on each axis; keeps no results")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="print every slope")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
