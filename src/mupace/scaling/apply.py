@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -113,17 +113,18 @@ def parametrize(
 
 
 def _refuse_words(optimizer: str, weight_decay: str, embedding_lr: str, init: str, explicit: Sequence[str]) -> None:
-    for argument, given, legal in (
+    if isinstance(explicit, str):
+        raise ConfigError(f"explicit={explicit!r}: legal is a sequence, such as ({explicit!r},)")
+    words: list[tuple[str, str, Iterable[str]]] = [
         ("optimizer", optimizer, OPTIMIZERS),
         ("weight_decay", weight_decay, WEIGHT_DECAY),
         ("embedding_lr", embedding_lr, EMBEDDING_LR),
         ("init", init, ("scale", "keep")),
-        *(("explicit", name, NAMES[:3]) for name in ([explicit] if isinstance(explicit, str) else explicit)),
-    ):
+        *(("explicit", name, NAMES[:3]) for name in explicit),
+    ]
+    for argument, given, legal in words:
         if given not in legal:
             raise one_of(argument, given, legal)
-    if isinstance(explicit, str):
-        raise ConfigError(f"explicit={explicit!r}: legal is a sequence, such as ({explicit!r},)")
 
 
 def _refuse_again(model: torch.nn.Module) -> None:
@@ -153,7 +154,8 @@ def _optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer | None:
     for optimizer in optimizers:
         held = (id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
         if not mine.isdisjoint(held):
-            return optimizer
+            found: torch.optim.Optimizer = optimizer
+            return found
     return None
 
 

@@ -80,7 +80,7 @@ def _config_of(model: torch.nn.Module, base: Any) -> Any:
         raise ConfigError(
             f"base={base!r}: legal are a model, a configuration, or a dict of keys that differ, {{'hidden_size': 64}}"
         )
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for key, value in base.items():
         if not hasattr(config, key):
             raise one_of("a key of base", key, sorted(config.to_dict()), MatchError)

@@ -44,8 +44,9 @@ def _hooks(model: torch.nn.Module, multiplier: Multiplier) -> Iterator[Hook]:
 
 def _head(model: torch.nn.Module, multiplier: Multiplier) -> torch.nn.Module:
     """The module that makes the logits."""
-    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
-        head: torch.nn.Module = model.get_output_embeddings()
+    stock: Any = getattr(model, "get_output_embeddings", lambda: None)  # of transformers' models
+    head: torch.nn.Module | None = stock()
+    if head is not None:
         return head
     if not multiplier.gains:
         raise ConfigError("explicit: no module gives the logits alone; legal is a rule set without that multiplier")

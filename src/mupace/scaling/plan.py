@@ -74,12 +74,14 @@ class Plan:
         spec = OPTIMIZERS[self.optimizer]
         has_eps = spec.eps is not None or spec.rest is not None
         mine = Rule(scales=lambda param, table: self._factors(param), text=f"parametrize({self.rules!r})")
+        more = [rules] if isinstance(rules, Rule) else list(rules)
         made = groups(
-            self.table, [mine, rules], lr=lr, weight_decay=weight_decay, eps=eps if has_eps else None, no_decay=no_decay
+            self.table, [mine, *more], lr=lr, weight_decay=weight_decay, eps=eps if has_eps else None, no_decay=no_decay
         )
         self._refuse_decay_to_offset(made)
         moved = {} if betas is None else {"betas": self.duration.betas(betas)}
-        return [{**group, **moved, "plan": self.digest} for group in made]
+        mark = {"plan": self.digest}
+        return [{**group, **moved, **mark} for group in made]
 
     def _factors(self, param: Param) -> Scales:
         return self.scales[param.name] * self.duration.scales
@@ -105,10 +107,10 @@ class Plan:
         Raises:
             StateError: naming the first group that was not.
         """
-        rows = optimizers if isinstance(optimizers, Sequence) else [optimizers]
+        rows, digest = optimizers if isinstance(optimizers, Sequence) else [optimizers], self.digest
         for optimizer in rows:
             for i, group in enumerate(optimizer.param_groups):
-                if group.get("plan") != self.digest:
+                if group.get("plan") != digest:
                     name = group.get("name", f"group {i}")
                     made = "another plan" if group.get("plan") else "no plan"
                     raise StateError(

@@ -53,7 +53,7 @@ class Powers:
     def __call__(self, growth: Growth) -> float:
         pairs = [(growth.k_in, self.k_in), (growth.k_out, self.k_out)]
         pairs += [(growth.depth, self.depth), (growth.total, self.total)]
-        return math.prod(ratio**power for ratio, power in pairs)
+        return float(math.prod(ratio**power for ratio, power in pairs))
 
     def __mul__(self, other: Powers) -> Powers:
         return Powers(

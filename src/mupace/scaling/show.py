@@ -22,7 +22,7 @@ def folded(plan: Plan) -> str:
     alike: dict[tuple[Any, ...], list[Param]] = {}
     for row in plan.table:
         alike.setdefault((re.sub(r"\d+", "#", row.name), *_cells(plan, row)), []).append(row)
-    table = [HEADER]
+    table: list[tuple[str, ...]] = [HEADER]
     for rows in alike.values():
         table.append((name_of(rows), *_cells(plan, rows[0]), f"x{len(rows)}" if len(rows) > 1 else ""))
     widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]

@@ -46,7 +46,7 @@ def check_target(path: Path) -> None:
 
 
 def draw(check: CoordinateCheck, path: Path) -> None:
-    """One row of panels for each axis, one panel for each quantity; a figure that fails is red and named."""
+    """One row of panels for each axis, one panel for each quantity; a figure that fails is red and named, an undecided one dotted."""
     check_target(path)
     from matplotlib.figure import Figure
 
@@ -80,9 +80,10 @@ def _panel(panel: Any, check: CoordinateCheck, axis: str, quantity: str) -> None
 def _line(panel: Any, v: Verdict, runs: Sequence[Run], statistic: str) -> None:
     sizes = sorted({getattr(r.size, v.axis) for r in runs})
     means = [_mean([r for r in runs if getattr(r.size, v.axis) == size], v, statistic) for size in sizes]
-    wrong = v.status in (FAILS, UNDECIDED)
+    wrong, unknown = v.status == FAILS, v.status == UNDECIDED
     colour = _WRONG if wrong else _COLOURS[v.kind]
-    panel.plot(sizes, means, color=colour, linewidth=1.6 if wrong else 1.0, marker=".", markersize=4)
+    style = ":" if unknown else "-"
+    panel.plot(sizes, means, style, color=colour, linewidth=1.6 if wrong else 1.0, marker=".", markersize=4)
     if wrong and np.isfinite(means[-1]):
         panel.annotate(v.module.rpartition("}.")[2], (sizes[-1], means[-1]), fontsize=6, color=colour)
 
@@ -97,7 +98,7 @@ def _legend(check: CoordinateCheck) -> list[Any]:
     from matplotlib.lines import Line2D
 
     kinds = list(dict.fromkeys(v.kind for v in check.verdicts))
-    shown = [(kind, _COLOURS[kind]) for kind in kinds]
-    if any(v.status in (FAILS, UNDECIDED) for v in check.verdicts):
-        shown.append(("fails or undecided", _WRONG))
-    return [Line2D([], [], color=colour, label=name) for name, colour in shown]
+    shown = [(kind, _COLOURS[kind], "-") for kind in kinds]
+    statuses = {v.status for v in check.verdicts}
+    shown += [("fails", _WRONG, "-")] * (FAILS in statuses) + [("undecided", "#4a5568", ":")] * (UNDECIDED in statuses)
+    return [Line2D([], [], color=colour, linestyle=style, label=name) for name, colour, style in shown]

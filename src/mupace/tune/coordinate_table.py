@@ -39,8 +39,8 @@ def _rows(found: Sequence[Verdict]) -> Iterator[str]:
     rows = [["module", *QUANTITIES], *([m, *(cells[m, q] for q in QUANTITIES)] for m in modules)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        yield "  ".join([first, *rest]).rstrip()
+        aligned = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        yield "  ".join([row[0].ljust(widths[0]), *aligned]).rstrip()
 
 
 def _cell(v: Verdict) -> str:

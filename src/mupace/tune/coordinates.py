@@ -90,9 +90,9 @@ class CoordinateCheck:
             "settings": dict(self.settings),
             "passed": self.passed,
             "bound": self.bound,
-            "cause": {axis: self.cause(axis) for axis in self.axes},
+            "likely_cause": {axis: self.cause(axis) for axis in self.axes},
             "verdicts": [_plain(asdict(v)) for v in self.verdicts],
-            "runs": [_plain(asdict(r)) for r in self.runs],
+            "runs": [_plain(_kept(r)) for r in self.runs],
         }
 
 
@@ -103,11 +103,12 @@ def coordinate_check(
     depths: Sequence[float] | None = None,
     rules: str | RuleSet = "mup",
     optimizer: str = "adamw",
-    lr: float = 2**-6,
+    lr: float = 2**-9,
     weight_decay: float = 0.0,
+    decay: str = "constant",
     eps: float = 1e-8,
     seeds: int | Sequence[int] = 3,
-    updates: int = 6,
+    updates: int = 8,
     batches: Sequence[Any] | None = None,
     loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
     batch: int = 8,
@@ -138,6 +139,7 @@ def coordinate_check(
         widths, depths: multiples of the base's; those of depth are whole. `depths` is (1, 2, 4, 8) for rules with a
             part for depth and for "standard", (1,) for others, which promise nothing about it.
         rules, optimizer: as for `parametrize`.
+        decay: how weight decay is scaled, which `parametrize` calls weight_decay: constant, sqrt or unscaled.
         lr, weight_decay, eps: of the base. A large lr shows faults sooner; one at which the base diverges shows none.
         seeds: how many, or which: each is another initialisation, on the same batches.
         updates: at least 1.
@@ -152,7 +154,7 @@ def coordinate_check(
         jobs: processes that work in parallel, each on one thread; the result does not depend on it. More than one
             start Python anew: a factory must be importable, and a script needs `if __name__ == "__main__":`.
         progress: called after each run with how many are done, how many there are, and the run.
-        scaling: more arguments of `parametrize`: roles, inputs, weight_decay is `decay`, ...
+        scaling: more arguments of `parametrize`: roles, axes, inputs, embedding_lr, allow.
 
     Raises:
         ConfigError: before anything is trained, for what cannot be compared.
@@ -165,8 +167,7 @@ def coordinate_check(
     _check_numbers(lr=lr, bound=bound, updates=updates, jobs=jobs, batch=batch, seq_len=seq_len, seeds=seeds)
     _check_words(optimizer=optimizer, dtype=dtype, statistic=statistic)
     chosen_seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if optimizer_options and "optimizer_options" not in scaling:
-        scaling["optimizer_options"] = dict(optimizer_options)
+    scaling |= {"weight_decay": decay, "optimizer_options": dict(optimizer_options or {})}
     setup = Setup(
         **_models(base, sizes, scaling),
         rules=rules,
@@ -237,7 +238,7 @@ def _sizes(widths: Iterable[float], depths: Iterable[float]) -> tuple[Size, ...]
     return sizes
 
 
-def _multiples(name: str, given: Iterable[float]) -> tuple[float, ...]:
+def _multiples(name: str, given: Any) -> tuple[float, ...]:
     found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
     if not found or not all(is_number(x) and 0 < x < 1e6 for x in found):
         raise ConfigError(f"{name}={given!r}: legal are numbers above 0, multiples of the base's, such as (1, 2, 4, 8)")
@@ -384,6 +385,12 @@ def _name(thing: Any) -> str:
 def _on_axis(runs: Iterable[Run], axis: str) -> list[Run]:
     other = "depth" if axis == "width" else "width"
     return [r for r in runs if getattr(r.size, other) == 1]
+
+
+def _kept(of: Run) -> dict[str, Any]:
+    """A run without the figures of an axis on which it is not."""
+    off = {"width": of.size.depth != 1, "depth": of.size.width != 1}
+    return {key: value for key, value in asdict(of).items() if not off.get(key)}
 
 
 def _plain(value: Any) -> Any:

@@ -34,12 +34,11 @@ class _Row:
 
 _READOUT = Expected(
     low=-0.5,
-    reason="initial weights of the readout fall with 1/width, and what they give of values that are not aligned with them "
-    "with 1/sqrt(width)",
+    reason="the readout's initial weights fall with 1/width, what they give of values not aligned with 1/sqrt(width)",
 )
 _AVERAGED = Expected(
     low=-0.5,
-    reason="what random weights of the branches give, each divided by the depth, adds up to 1/sqrt(depth)",
+    reason="what the branches give that is not aligned, each divided by the depth, adds up to 1/sqrt(depth)",
 )
 _LAZY = Expected(low=-0.5, reason="each block's own change falls with 1/sqrt(depth), that of what it is given does not")
 
@@ -54,7 +53,14 @@ TABLE: tuple[_Row, ...] = (
     _Row(
         axis="depth",
         kinds=("stream", "branch"),
-        quantities=("start", "first change", "size"),
+        quantities=("start", "size"),
+        alphas=(1.0,),
+        expected=_AVERAGED,
+    ),
+    _Row(
+        axis="depth",
+        kinds=("stream", "branch", "hidden", "attention", "router"),
+        quantities=("first change",),
         alphas=(1.0,),
         expected=_AVERAGED,
     ),

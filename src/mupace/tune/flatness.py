@@ -125,13 +125,9 @@ def passed(found: Iterable[Verdict]) -> bool:
 
 
 def worst(found: Iterable[Verdict]) -> Verdict | None:
-    """The figure furthest from what is expected; among those that are as expected, the steepest of the flat ones."""
+    """The figure furthest from what is expected; those that fail before those that are undecided, before the others."""
     fitted = [v for v in found if v.status != NOTHING]
-    return max(fitted, key=lambda v: (abs(v.excess), _rank(v)), default=None)
-
-
-def _rank(verdict: Verdict) -> float:
-    return verdict.slope.half_width if verdict.slope is not None else math.inf
+    return max(fitted, key=lambda v: (v.status == FAILS, v.status == UNDECIDED, abs(v.excess)), default=None)
 
 
 def cause(found: Sequence[Verdict], runs: Sequence[Run]) -> str:

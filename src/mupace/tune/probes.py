@@ -10,12 +10,12 @@ hooks read them, in float64, and are taken off again after every reading: traini
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -135,10 +135,7 @@ class _Blocks:
         for row in table:
             if row.block is not None:
                 names.setdefault((row.stack, row.block), []).append(row.name.split(".")[:-1])
-        self.paths = {
-            ".".join(os.path.commonprefix(found)): (block, table.depths[stack])
-            for (stack, block), found in names.items()
-        }
+        self.paths = {".".join(_shared(found)): (block, table.depths[stack]) for (stack, block), found in names.items()}
         """Path of a block (the longest that all its tensors share) to its number and the number of blocks."""
 
     def around(self, path: str) -> str | None:
@@ -162,6 +159,12 @@ class _Blocks:
             return None
         number, depth = self.paths[block]
         return Fraction(number + after, depth)
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The parts with which all paths begin."""
+    together = zip(*paths, strict=False)  # up to the end of the shortest
+    return [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, together)]
 
 
 @contextmanager
