@@ -46,7 +46,7 @@ AXES: dict[str, dict[str, Any]] = {
         "widths": (1,),
         "depths": (1, 2, 4, 8),
         "lr": 2**-10,
-        "updates": 8,
+        "updates": 12,
     },
 }
 SMALL: dict[str, dict[str, Any]] = {"width": {"widths": (1, 2, 4)}, "depth": {"depths": (1, 2, 4)}}
@@ -54,7 +54,7 @@ SMALL: dict[str, dict[str, Any]] = {"width": {"widths": (1, 2, 4)}, "depth": {"d
 
 def main() -> int:
     args = _arguments()
-    missed, kept = 0, {}
+    missed, kept = 0, json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in args.models.split(","):
         for axis in args.axes.split(","):
             for rules in (AXES[axis]["rules"], "standard"):
@@ -94,12 +94,12 @@ def _met(good: bool) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits are enough to fit a slope again."""
+    """Four digits are enough to fit a slope again."""
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items() if key != "mean"}
     if isinstance(value, list):
         return [_rounded(v) for v in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _arguments() -> argparse.Namespace:

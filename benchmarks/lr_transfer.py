@@ -1,8 +1,8 @@
 """Does the learning rate that is best for a small model serve a larger one? Width under mup, depth under completep.
 
-Unmodified Llama models read the standard library's source byte by byte. In standard parametrisation every size has the
-proxy's initializer_range, as transformers' configurations do. The proxy is swept over learning rates and
-seeds, and so is every larger size, under the rules and in standard parametrisation beside them. For each size:
+Unmodified Llama models read the standard library's source byte by byte. The proxy is swept over learning rates and
+seeds, and so is every larger size, under the rules and in standard parametrisation beside them: one learning rate and
+one initializer_range for every size, as transformers' configurations have it. For each size:
 
     shift   octaves between its curve of loss against learning rate and the proxy's
     regret  what the proxy's best rate costs there, against its own best rate
@@ -11,7 +11,7 @@ Bounds, for every size under the rules: |shift| at most 0.5 octave, regret below
 control: in standard parametrisation its largest size must miss the bound on the shift, or the experiment could not have
 seen one.
 
-    python benchmarks/lr_transfer.py                # about 60 minutes of one core, in two processes
+    python benchmarks/lr_transfer.py                # about 75 minutes of computing, in two processes
     python benchmarks/lr_transfer.py --small        # under 2 minutes: narrower models, shorter runs
 
 A run that was stopped goes on where it was. What it found is kept in benchmarks/results/lr_transfer.{json,txt}.
@@ -43,8 +43,8 @@ MAX_SHIFT, MAX_REGRET = 0.5, 0.01
 RESULTS = Path(__file__).parent / "results"
 HEAD = 16
 INIT = 0.1
-"""Standard deviation of the proxy's weights. transformers' 0.02 is for widths of thousands: models this narrow then spend
-most of so short a run on leaving their start, at a moment that differs from seed to seed."""
+"""Standard deviation of the proxy's weights. With transformers' 0.02, models this narrow spend most of so short a run on
+leaving their start, at a moment that differs from seed to seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,15 +54,28 @@ def gpt2(seed: int = 0, **changes: Any) -> torch.nn.Module:
     return hf.GPT2LMHeadModel(hf.GPT2Config(**{**GPT2, **changes})).double()
 
 
+def gemma(seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """Tied; embeddings are multiplied by the square root of the width, and norms use 1 + w."""
+    torch.manual_seed(seed)
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**{**SIZES, "tie_word_embeddings": True, **changes})).double()
+
+
 def in_float64(model: torch.nn.Module) -> None:
     """transformers' RMS norms compute in float32 whatever their input is; here they are given float64."""
 
+    def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * norm(x, self.variance_epsilon)
+
+    def of_gemma(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (1.0 + self.weight) * norm(x, self.eps)
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            chosen = of_gemma if "Gemma" in type(module).__name__ else forward
+            module.forward = MethodType(chosen, module)  # type: ignore[method-assign]
 
 
 def batch(i: int, size: int = 4, length: int = 12) -> torch.Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import gpt2, in_float64, llama, loss_of, qwen3
+from models import gemma, gpt2, in_float64, llama, loss_of, qwen3
 from widening import Layout, widen
+from widening import gemma as gemma_layout
 from widening import gpt2 as gpt2_layout
 from widening import llama as llama_layout
 
@@ -163,6 +164,13 @@ def test_norms_shared_by_heads_are_not_scaled() -> None:
 
 def test_a_tied_gpt2_with_transposed_fused_matrices_and_biases() -> None:
     assert gap(gpt2, {"n_embd": 32, "n_head": 8}, gpt2_layout(d=16, heads=4, f=64, k=2), "adamw") < CLOSE
+
+
+def test_a_tied_gemma_whose_embeddings_grow_with_the_width_and_whose_norms_use_one_plus_w() -> None:
+    wide = {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 96}
+    layout = gemma_layout(**BASE, k=4)
+    assert gap(gemma, wide, layout, "adamw") < CLOSE
+    assert gap(gemma, wide, layout, "adamw", wrong=lambda s: replace(s, lr=s.lr * s.forward)) > 1e6 * CLOSE
 
 
 @pytest.mark.parametrize("rules", ["mup", "mup_multiplier", "completep", "depth_mup", "spectral"])

@@ -80,6 +80,18 @@ def gpt2(*, d: int, heads: int, f: int, k: int, tied: bool = True) -> Layout:
     return layout
 
 
+def gemma(*, d: int, heads: int, kv: int, head_dim: int, f: int, k: int) -> Layout:
+    """As llama, tied. Embeddings are multiplied by √d, so they are divided by √k; the last norm makes up for the rest:
+    k copies, each with 1/√k from the matrix, want a gain of 1/√k. It is used as 1 + w, and `widen` divides 1 + w."""
+    plain = llama(d=d, heads=heads, kv=kv, head_dim=head_dim, f=f, k=k, k_heads=k, k_kv=k, k_f=k)
+
+    def layout(name: str) -> tuple[list[Factors], float]:
+        dimensions, k_in = plain(name)
+        return dimensions, k**0.5 if "embed_tokens" in name or name == "model.norm.weight" else k_in
+
+    return layout
+
+
 @torch.no_grad()
 def widen(small: torch.nn.Module, wide: torch.nn.Module, layout: Layout) -> None:
     """Give `wide` the duplicated weights of `small`."""
@@ -87,4 +99,5 @@ def widen(small: torch.nn.Module, wide: torch.nn.Module, layout: Layout) -> None
     for name, tensor in wide.named_parameters():
         dimensions, k_in = layout(name)
         whole = [[(theirs[name].shape[i], 1)] if f == [(0, 1)] else f for i, f in enumerate(dimensions)]
-        tensor.copy_(duplicated(theirs[name], whole) / k_in)
+        offset = float("norm" in name and "Gemma" in type(small).__name__)
+        tensor.copy_((duplicated(theirs[name], whole) + offset) / k_in - offset)
