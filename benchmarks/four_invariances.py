@@ -13,7 +13,8 @@ them that can be measured:
     python benchmarks/four_invariances.py                  # about ten minutes of one core
     python benchmarks/four_invariances.py --no-transfer    # about three; nothing is kept
 
-Exit code 1 when mup breaks what it promises, or a widened run goes on with moments that were not scaled (the control).
+Exit code 1 when a run that is widened under mup departs, or does not depart with moments that were not scaled (the
+control). The verdicts of the coordinate check are printed as they are.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mupace.structure.resize import resize
 from mupace.trainer.model import resolve
 from mupace.trainer.tokens import ByteTokenizer
 from mupace.tune.coordinates import CoordinateCheck, coordinate_check, next_token_loss, text_batches
-from mupace.tune.flatness import Verdict
+from mupace.tune.flatness import PASSES, Verdict
 from mupace.tune.rates import learning_rates
 from mupace.tune.slopes import Slope, slope
 from mupace.tune.sweep import sweep
@@ -45,7 +46,8 @@ from mupace.tune.transfer import transfer
 
 RESULTS = Path(__file__).parent / "results" / "four_invariances.txt"
 BOTH = ("mup", "four_invariances")
-WIDTH, WIDTHS, SEEDS, LR = 64, (1, 2, 4, 8), (0, 1, 2), 2**-9
+WIDTH, WIDTHS, SEEDS, LR = 64, (1, 2, 4, 8), (0, 1, 2), 2**-6
+INIT = 0.1  # standard deviation of the base's weights
 PROXY = 32  # of the sweep
 SETTINGS: dict[str, float] = {"lr": 2**-8, "weight_decay": 0.1, "eps": 1e-8}
 BEFORE, AFTER, COPIES = 10, 25, 4  # updates before and after widening, and how much wider
@@ -72,7 +74,7 @@ class Row:
 
 def config() -> Any:
     """The base: the trainer's Llama, 64 wide, two blocks, heads of 16, a feed-forward layer of 128."""
-    return resolve("llama", keys(WIDTH, 2), tokenizer=ByteTokenizer(), seq_len=64).config
+    return resolve("llama", {**keys(WIDTH, 2), "initializer_range": INIT}, tokenizer=ByteTokenizer(), seq_len=64).config
 
 
 def llama(multiple: int, seed: int, rules: str) -> tuple[torch.nn.Module, Plan]:
@@ -88,7 +90,8 @@ def llama(multiple: int, seed: int, rules: str) -> tuple[torch.nn.Module, Plan]:
 
 
 def checked(rules: str) -> CoordinateCheck:
-    return coordinate_check(config(), widths=WIDTHS, depths=(1,), rules=rules, lr=LR, seeds=SEEDS)
+    fixed: dict[str, Any] = {"updates": 6, "batch": 8, "seq_len": 64}
+    return coordinate_check(config(), widths=WIDTHS, depths=(1,), rules=rules, lr=LR, seeds=SEEDS, **fixed)
 
 
 def steepest(check: CoordinateCheck, *quantities: str) -> Verdict:
@@ -362,6 +365,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+def outcome(check: CoordinateCheck) -> str:
+    good = sum(v.status == PASSES for v in check.verdicts)
+    verdict = "passes" if check.passed else "FAILS"
+    return f"coordinate check of {check.rules}: {verdict}, {good} of {len(check.verdicts)} slopes as expected"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-transfer", action="store_true", help="without the sweep; nothing is kept")
@@ -373,15 +382,14 @@ def main() -> int:
     rows = [*forward_rows(checks), *gradient_rows(), *states, decay_row()]
     if not given.no_transfer:
         rows.append(transfer_row(given.out))
-    fine = follows and checks[0].passed
     head = f"Llama, base {WIDTH} wide and two blocks; widths × {', '.join(map(str, WIDTHS))}; {len(SEEDS)} seeds; AdamW"
-    verdict = [f"coordinate check of {c.rules}: {'passes' if c.passed else 'FAILS'}" for c in checks]
-    verdict.append("mup keeps what it promises, and the control does not" if fine else "MISSED: see above")
+    verdict = [outcome(check) for check in checks]
+    verdict.append("mup's widened run goes on, and the control departs" if follows else "MISSED: see above")
     text = "\n\n".join([head, table(rows), "\n".join(verdict)])
     print(text)
     if not given.no_transfer:
         RESULTS.write_text(text + "\n", encoding="utf-8")
-    return 0 if fine else 1
+    return 0 if follows else 1
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ MAX_SHIFT, MAX_REGRET = 0.5, 0.01
 RESULTS = Path(__file__).parent / "results"
 HEAD = 16
 INIT = 0.1
-"""Standard deviation of the proxy's weights. With transformers' 0.02, models this narrow spend most of so short a run on
-leaving their start, at a moment that differs from seed to seed."""
+"""Standard deviation of the proxy's weights. With transformers' 0.02, models this narrow spend most of so short a run
+on leaving their start, at a moment that differs from seed to seed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -242,7 +242,7 @@ register_rules(
     RuleSet(
         title="hidden std ∝ k^-1/2, betas re-derived by scale, moments × s and s², weight decay ∝ 1/√parameters",
         source="the house's reference on scheduling and migration, stated there without a derivation; compared with "
-        "mup by measurement in docs/four_invariances.md",
+        "mup by measurement in docs/four-invariances.md",
         rows={
             "input": Row(init=None, decay=Powers(total=-0.5)),
             "matrix": Row(init=Powers(k_in=-0.5), decay=Powers(total=-0.5)),

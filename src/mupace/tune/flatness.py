@@ -133,13 +133,12 @@ def worst(found: Iterable[Verdict]) -> Verdict | None:
 def cause(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
     """What most likely is wrong, judged by the first figure in the model's order that fails; "" when none does.
 
-    What is wrong at the start is wrong later too, so the quantities are taken in their order first.
+    What is wrong at the start is wrong later too, so the quantities are taken in their order first; along depth the
+    residual stream says more than what single blocks add to it.
     """
-    failing = [v for quantity in QUANTITIES for v in found if v.quantity == quantity and v.status == FAILS]
-    if not failing:
-        return ""
-    first = next((v for v in failing if v.slope is not None), failing[0])
-    return next(_named(first, runs), "not known")
+    order = [v for quantity in QUANTITIES for v in found if v.quantity == quantity and v.status == FAILS]
+    failing = sorted(order, key=lambda v: (v.slope is None, v.axis == "depth" and v.kind != "stream"))
+    return next(_named(failing[0], runs), "not known") if failing else ""
 
 
 def _named(v: Verdict, runs: Sequence[Run]) -> Iterator[str]:

@@ -79,8 +79,8 @@ class Probe:
             self._forward()
         found = {path: values for path, values in given.items() if values}
         if not self._first:
-            self._first = found
-        return {path: _figures(values, self._first[path], self.spots[path].folded) for path, values in found.items()}
+            found = self._first = {path: values for path, values in found.items() if not _is_output(path, found)}
+        return {path: _figures(found[path], first, self.spots[path].folded) for path, first in self._first.items()}
 
 
 def branch_paths(structure: Structure) -> frozenset[str]:
@@ -192,6 +192,12 @@ def _tensors(output: Any) -> list[torch.Tensor]:
         first = next(iter(first.values() if isinstance(first, dict) else first))
     whole = isinstance(first, torch.Tensor) and first.is_floating_point()
     return [first.detach().clone()] if whole else []
+
+
+def _is_output(path: str, found: Mapping[str, Sequence[torch.Tensor]]) -> bool:
+    """Whether a module gives just what the model gives."""
+    pairs = zip(found[path], found.get(OUTPUT, ()), strict=False)
+    return path != OUTPUT and len(found[path]) == 1 and any(torch.equal(one, whole) for one, whole in pairs)
 
 
 def _figures(values: Sequence[torch.Tensor], first: Sequence[torch.Tensor], folded: float) -> Figures:
