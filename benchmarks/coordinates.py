@@ -1,9 +1,9 @@
 """The coordinate check of unmodified models: do activations and their changes keep their size in width and in depth?
 
-Llama, GPT-2 and Qwen3 (grouped queries, normed queries and keys). Width 1 to 8 times a base of 64 under `mup`; depth 1
-to 8 times a base of 4 blocks under `completep`; "standard" (the class's own initialisation, one lr) as the control.
-Bounds: every slope within 0.1 of what theory says, known to ± 0.2, over 3 seeds; the control's worst slope is beyond
-0.3. Figures and verdicts are kept in results/coordinates.json.
+Llama, GPT-2 and Qwen3 (grouped queries, normed queries and keys). Width 1 to 8 times a base of 64 under `mup`, 3 seeds;
+depth 1 to 8 times a base of 4 blocks under `completep`, 4 seeds; "standard" (the class's own initialisation, one lr) as
+the control, one seed. Bounds: every slope within 0.1 of what theory says, known to ± 0.2; the control's worst slope is
+beyond 0.3. What is printed is kept in results/coordinates.txt, all figures and verdicts in results/coordinates.json.
 
     python benchmarks/coordinates.py [--small] [--models llama,gpt2] [--axes width,depth] [--seeds 3] [--jobs 1]
 """
@@ -24,17 +24,17 @@ from mupace.tune.coordinates import CoordinateCheck, coordinate_check
 RESULTS = Path(__file__).parent / "results" / "coordinates.json"
 BOUND, CONTROL = 0.1, 0.3
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 4, "intermediate_size": 192},
-    "gpt2": {},
-    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 192},
+    "llama": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gpt2": {"num_attention_heads": 4},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
-BASE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4}
-# Depth: at the usual 0.02 random branches are as large as the embedding in a model of 4 blocks, and what they add to
-# the stream, 1/sqrt(depth), is seen long after the first updates.
+# Depth: weights of 0.08 / sqrt(width), so that the random branches of the base are small beside its embedding. What
+# they add to the stream falls with 1/sqrt(depth), and is seen long after the first updates where it is not small.
 AXES: dict[str, dict[str, Any]] = {
     "width": {
         "rules": "mup",
-        "base": {"num_hidden_layers": 2, "initializer_range": 0.02},
+        "base": {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.02},
+        "seeds": 3,
         "widths": (1, 2, 4, 6, 8),
         "depths": (1,),
         "lr": 2**-9,
@@ -42,7 +42,8 @@ AXES: dict[str, dict[str, Any]] = {
     },
     "depth": {
         "rules": "completep",
-        "base": {"num_hidden_layers": 4, "initializer_range": 0.01},
+        "base": {"hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.014},
+        "seeds": 4,
         "widths": (1,),
         "depths": (1, 2, 4, 8),
         "lr": 2**-10,
@@ -59,8 +60,7 @@ def main() -> int:
         for axis in args.axes.split(","):
             for rules in (AXES[axis]["rules"], "standard"):
                 began = time.perf_counter()
-                # slopes of the control are far outside: one seed shows them
-                check = measure(name, axis, rules, seeds=args.seeds if rules != "standard" else 1, args=args)
+                check = measure(name, axis, rules, args)
                 good, line = judge(check, axis, rules)
                 missed += not good
                 print(f"{name:6} {axis} {rules:9} {line}   {time.perf_counter() - began:.0f} s", flush=True)
@@ -72,11 +72,15 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def measure(name: str, axis: str, rules: str, *, seeds: int, args: argparse.Namespace) -> CoordinateCheck:
+def measure(name: str, axis: str, rules: str, args: argparse.Namespace) -> CoordinateCheck:
     settings = {**AXES[axis], **(SMALL[axis] if args.small else {}), "rules": rules}
-    keys = {**BASE, **MODELS[name], **settings.pop("base")}
+    keys = {**MODELS[name], **settings.pop("base")}
+    if name != "gpt2":
+        keys["intermediate_size"] = 3 * keys["hidden_size"]
+    seeds = args.seeds or settings["seeds"]
+    settings["seeds"] = seeds if rules != "standard" else 1  # slopes of the control are far outside: one shows them
     blueprint = resolve(name, keys, tokenizer=ByteTokenizer(), seq_len=64)
-    return coordinate_check(blueprint.config, seeds=seeds, jobs=args.jobs, bound=BOUND, **settings)
+    return coordinate_check(blueprint.config, jobs=args.jobs, bound=BOUND, **settings)
 
 
 def judge(check: CoordinateCheck, axis: str, rules: str) -> tuple[bool, str]:
@@ -107,7 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="three sizes on each axis; keeps no results")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--axes", default=",".join(AXES))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="by default those of each axis")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="print every slope")
     return parser.parse_args()

@@ -58,6 +58,7 @@ class Experiment:
     widths: tuple[float, ...]
     depths: tuple[float, ...]
     lrs: str
+    standard_lrs: str
     seeds: tuple[int, ...]
     steps: int
     batch: int = 16
@@ -98,7 +99,8 @@ def keys(width: float, depth: float) -> dict[str, float]:
     }
 
 
-RATES = "2^-11..2^-4, 2^-7.5..2^-6.5"
+RATES = "2^-9..2^-5, 2^-7.5..2^-6.5"
+STANDARD_RATES = "2^-11..2^-7, 2^-6.5, 2^-5"  # where its larger sizes want to be
 FULL = (
     Experiment(
         name="width",
@@ -108,6 +110,7 @@ FULL = (
         widths=(2, 4, 8),
         depths=(1,),
         lrs=RATES,
+        standard_lrs=STANDARD_RATES,
         seeds=(0, 1, 2),
         steps=200,
         control=True,
@@ -120,6 +123,7 @@ FULL = (
         widths=(1,),
         depths=(2, 4),
         lrs=RATES,
+        standard_lrs=STANDARD_RATES,
         seeds=(0, 1, 2),
         steps=200,
     ),
@@ -133,6 +137,7 @@ SMALL = (
         widths=(4,),
         depths=(1,),
         lrs="2^-9..2^-1",
+        standard_lrs="2^-9..2^-1",
         seeds=(0, 1),
         steps=40,
         batch=8,
@@ -151,7 +156,7 @@ def run(experiment: Experiment, out: Path, jobs: int) -> tuple[list[Sweep], list
     sweeps = [
         sweep(
             experiment.config,
-            lrs=learning_rates(experiment.lrs),
+            lrs=learning_rates(lrs),
             sizes=experiment.sizes,
             seeds=experiment.seeds,
             rules=rules,
@@ -159,7 +164,7 @@ def run(experiment: Experiment, out: Path, jobs: int) -> tuple[list[Sweep], list
             jobs=jobs,
             progress=progress,
         )
-        for rules in (experiment.rules, STANDARD)
+        for rules, lrs in ((experiment.rules, experiment.lrs), (STANDARD, experiment.standard_lrs))
     ]
     return sweeps, [transfer(one) for one in sweeps]
 

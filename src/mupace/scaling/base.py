@@ -29,8 +29,8 @@ class Base:
         """Its tensors, freshly initialised."""
         if self.fresh is None:
             return dict(self.structure.table.tensors)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(SEED)  # torch.manual_seed would seed every accelerator, too
             return dict(self.fresh().named_parameters())
 
 

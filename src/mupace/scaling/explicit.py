@@ -37,9 +37,24 @@ def _hooks(model: torch.nn.Module, multiplier: Multiplier) -> Iterator[Hook]:
         raise ConfigError(
             f"explicit: no module gives {multiplier.where} alone; legal is a rule set without {multiplier.name}"
         )
-    for gain in multiplier.gains:
-        owner = gain.tensors[0].rpartition(".")[0]
-        yield model.get_submodule(owner), "output", _on_output(multiplier.value)
+    for owner in dict.fromkeys(name.rpartition(".")[0] for gain in multiplier.gains for name in gain.tensors):
+        yield _carrier(model, owner, multiplier), "output", _on_output(multiplier.value)
+
+
+def _carrier(model: torch.nn.Module, owner: str, multiplier: Multiplier) -> torch.nn.Module:
+    """The module whose output is the value that is multiplied: it has the gain's tensors, and nothing else.
+
+    A layer that holds its own scale gives the whole sum; torch's attention never calls its output projection.
+    """
+    module, above = model.get_submodule(owner), model.get_submodule(owner.rpartition(".")[0])
+    held = {f"{owner}.{name}" for name, _ in module.named_parameters()}
+    named = {name for gain in multiplier.gains for name in gain.tensors}
+    if not held <= named or isinstance(above, torch.nn.MultiheadAttention):
+        raise ConfigError(
+            f"explicit: no module gives {multiplier.where} alone ({owner} does not); legal is to fold it, without "
+            f"{multiplier.name!r} in explicit"
+        )
+    return module
 
 
 def _head(model: torch.nn.Module, multiplier: Multiplier) -> torch.nn.Module:

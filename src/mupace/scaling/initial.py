@@ -4,11 +4,11 @@ A rule set says how the standard deviation of a tensor must differ between base 
 themselves differs from class to class (transformers: one constant; torch: 1/sqrt(fan_in); GPT-2's output projections:
 1/sqrt(2·layers)). It is measured on both, and the measured ratio is taken for the law that it must follow:
 
-    own = std_target / std_base = k_in^a · k_out^b · L^c        a, b ∈ {0, ±1/2, ±1}, c ∈ {0, ±1/2}, or Glorot's average
+    own = std_target / std_base = k_in^a · k_out^b · L^c        a, b ∈ {0, -1/2, -1}, c ∈ {0, -1/2}, or Glorot's average
 
 (of a bias: the k_in of the matrix beside it). The relative error of a measured ratio is e = sqrt(1/(2n) + 1/(2m)) for n
 and m elements; laws within 5 e of it are possible. Where several give different values (small tensors), the law that
-most tensors of the model follow is taken; where none is possible, nothing is touched.
+most tensors of the model follow is taken; where none is possible, nothing is touched. A constant must be the same in both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from mupace.scaling.rules import Growth
 
 ERRORS = 5.0  # how many standard errors a measured ratio may be away from its law
 SAME = 1e-9  # relative difference under which two laws give one value
-_HALVES = (0.0, 0.5, -0.5, 1.0, -1.0)
+_HALVES = (0.0, -0.5, -1.0)  # no initialisation that is known grows with size
 
 Law = tuple[float, float, float] | str
 Tensors = Mapping[str, torch.Tensor]
@@ -55,9 +55,10 @@ def own_ratios(sized: Mapping[str, Sized], base: Tensors, target: Tensors) -> di
     Raises:
         StateError: where no law gives the ratio: trained weights, or an initialisation that is not known.
     """
-    kinds: dict[str, list[str]] = {}
-    for name in sized:
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for name, one in sized.items():  # the layers of a Sequential differ in their numbers, too, and in their shapes
+        alike = (re.sub(r"\d+", "#", name), one.row.shape, one.base.shape, one.growth)
+        kinds.setdefault(alike, []).append(name)
     measured = [_measured(names, sized, base, target) for names in kinds.values()]
     votes = Counter(law for one in measured if len(one.values) == 1 for law in one.laws)
     return {name: _chosen(one, votes) for one in measured for name in one.names}
@@ -68,6 +69,7 @@ def _measured(names: Sequence[str], sized: Mapping[str, Sized], base: Tensors, t
     new, n = _spread(target[name] for name in names)
     old, m = _spread(base[name] for name in dict.fromkeys(sized[name].base.name for name in names))
     if new == old == 0.0:
+        _refuse_constants(first, base[sized[first].base.name], target[first])
         return _Measured(names, 1.0, 0.0, {(0.0, 0.0, 0.0): 1.0})
     if new == 0.0 or old == 0.0:
         which, other = ("target", "base") if new == 0.0 else ("base", "target")
@@ -83,6 +85,16 @@ def _measured(names: Sequence[str], sized: Mapping[str, Sized], base: Tensors, t
             "which no known initialisation gives; legal are freshly initialised models, or init='keep'"
         )
     return _Measured(names, new / old, error, laws)
+
+
+def _refuse_constants(name: str, base: torch.Tensor, target: torch.Tensor) -> None:
+    """A gain of 1/4 beside one of 1 is what a folded multiplier has left: it would be folded in again."""
+    sizes = [float(tensor.detach().abs().max()) if tensor.numel() else 0.0 for tensor in (base, target)]
+    if not math.isclose(*sizes, rel_tol=1e-2):
+        raise StateError(
+            f"{name} is {sizes[1]:.4g} throughout in the target and {sizes[0]:.4g} in the base; legal are two freshly "
+            "initialised models, or init='keep' to scale no weights"
+        )
 
 
 def _chosen(one: _Measured, votes: Counter[Law]) -> float:
@@ -109,7 +121,7 @@ def _laws(name: str, sized: Mapping[str, Sized]) -> dict[Law, float]:
     growth = _growth_beside(name, sized)
     found: dict[Law, float] = {
         (a, b, c): growth.k_in**a * growth.k_out**b * growth.depth**c
-        for a, b, c in product(_HALVES, _HALVES, (0.0, 0.5, -0.5))
+        for a, b, c in product(_HALVES, _HALVES, (0.0, -0.5))
     }
     if len(one.row.shape) > 1:
         rest = math.prod(one.row.shape[2:])
