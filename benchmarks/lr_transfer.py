@@ -1,7 +1,7 @@
 """Does the learning rate that is best for a small model serve a larger one? Width under mup, depth under completep.
 
 Unmodified Llama models read the standard library's source byte by byte. The proxy is swept over learning rates and
-seeds, and so is every larger size, under the rules and in standard parametrisation beside them: one learning rate and
+seeds, and so is every larger size under the rules, and the largest in standard parametrisation: one learning rate and
 one initializer_range for every size, as transformers' configurations have it. For each size:
 
     shift   octaves between its curve of loss against learning rate and the proxy's
@@ -157,14 +157,17 @@ def run(experiment: Experiment, out: Path, jobs: int) -> tuple[list[Sweep], list
         sweep(
             experiment.config,
             lrs=learning_rates(lrs),
-            sizes=experiment.sizes,
+            sizes=sizes,
             seeds=experiment.seeds,
             rules=rules,
             out=out / experiment.name.replace(", ", "-"),
             jobs=jobs,
             progress=progress,
         )
-        for rules, lrs in ((experiment.rules, experiment.lrs), (STANDARD, experiment.standard_lrs))
+        for rules, lrs, sizes in (
+            (experiment.rules, experiment.lrs, experiment.sizes),
+            (STANDARD, experiment.standard_lrs, experiment.sizes[-1:]),  # the largest size is the comparison
+        )
     ]
     return sweeps, [transfer(one) for one in sweeps]
 

@@ -105,7 +105,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "says"),
         [
-            ({"rules": "mupp"}, "parametrize.rules='mupp' is not known .did you mean 'mup'"),
+            ({"rules": "mupp"}, "parametrize: rules='mupp' is not known .did you mean 'mup'"),
             ({"weight_decay": "const"}, "parametrize.weight_decay='const': legal is"),
             ({"batch": 2.0}, "parametrize: batch=2, tokens=1 change nothing with duration='none'"),
             ({"base": "nowhere"}, "parametrize.base='nowhere': legal is a folder"),

@@ -181,11 +181,13 @@ def test_each_fault_is_found_and_named(
 
 
 class Block(nn.Module):
-    """x + f(norm(x))."""
+    """x + f(norm(x)), f small at first."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        with torch.no_grad():
+            self.down.weight.mul_(0.25), self.down.bias.mul_(0.25)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.relu(self.up(self.norm(x))))
@@ -211,7 +213,7 @@ def residual(width: float, depth: float) -> nn.Module:
 
 
 def test_depth_tells_completep_from_mup() -> None:
-    options = {**PLAIN, "widths": (1,), "depths": (1, 2, 4, 8), "seeds": 3, "lr": 2**-7}
+    options = {**PLAIN, "widths": (1,), "depths": (1, 2, 4, 8), "seeds": 3, "lr": 2**-8}
     right, wrong = (checked(residual, rules=r, **options) for r in ("completep", "mup"))
     assert right.passed, str(right)
     assert not wrong.passed

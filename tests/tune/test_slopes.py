@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mupace.tune.expectations import FLAT, Expected
-from mupace.tune.flatness import FAILS, NOTHING, PASSES, UNDECIDED, judged
+from mupace.tune.flatness import FAILS, NOTHING, PASSES, UNDECIDED, Verdict, cause, judged, worst
 from mupace.tune.slopes import slope, t_quantile
 
 SIZES = np.repeat([1.0, 2.0, 4.0, 8.0, 16.0], 3)
@@ -80,3 +80,36 @@ def test_zeros_and_infinities() -> None:
     assert judged(sizes, [1, 1, 0, 0], FLAT)[1:] == (FAILS, "0 at ×4, not at every size")
     assert judged(sizes, [1, 1, 1, math.inf], FLAT)[1:] == (FAILS, "not finite at ×8")
     assert judged(sizes, [1, math.nan, 1, 1], FLAT)[1:] == (FAILS, "not finite at ×2")
+
+
+def verdict(quantity: str, exponent: float, noise: float, module: str = "m") -> Verdict:
+    fit, status, note = judged(SIZES.tolist(), noisy(exponent, noise), FLAT)
+    return Verdict(
+        axis="width",
+        module=module,
+        kind="hidden",
+        quantity=quantity,
+        slope=fit,
+        expected=FLAT,
+        status=status,
+        note=note,
+    )
+
+
+def test_a_cause_needs_a_slope_that_is_clear() -> None:
+    """One just beyond the bound may be chance; the first clear one names the cause, wherever it stands."""
+    chance, clear = verdict("change", 0.12, 0.15), verdict("change", 1.0, 0.05, "n")
+    assert (chance.status, clear.status) == (FAILS, FAILS)
+    assert cause([chance], []).startswith("perhaps chance")
+    assert cause([chance, clear], []) == "lr is not divided by the width"
+    assert cause([verdict("start", 0.5, 0.01), clear], []) == "initial weights are not divided by sqrt(fan_in)"
+    assert cause([verdict("change", 0.0, 0.01)], []) == ""
+
+
+def test_what_fails_is_worse_than_what_is_undecided() -> None:
+    undecided, failing, fine = verdict("size", 0.0, 3.0), verdict("size", 0.2, 0.01), verdict("size", 0.0, 0.01)
+    assert undecided.status == UNDECIDED
+    assert worst([fine, undecided, failing]) is failing
+    assert worst([fine, undecided]) is undecided
+    assert worst([fine]) is fine
+    assert worst([]) is None

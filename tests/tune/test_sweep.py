@@ -476,3 +476,25 @@ def test_the_command_refuses(
 def test_nothing_infinite_is_printed_as_json(run: RunConfig, whole: Sweep) -> None:
     assert json.loads(json.dumps(whole.to_dict(), allow_nan=False))["sizes"][1]["width"] == 2
     assert math.isfinite(whole.lr)
+
+
+def test_a_directory_of_something_else_is_no_sweeps(run: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(
+        StateError, match=r"holds 'thesis.tex' and no sweep; legal is a sweep's directory, or a new one"
+    ):
+        sweep(run, lrs=[1e-3], out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_where_the_run_file_goes_is_looked_at_first(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "tuned.toml"):
+        command = ["sweep", str(file), "--lr", "1e-3", "--out", str(tmp_path / "s"), "--write", str(place)]
+        with pytest.raises(SystemExit) as stop:
+            cli.main(command)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "s").exists()

@@ -30,7 +30,7 @@ def coord(
     optimizer: str | None = None,
     lr: str | None = None,
     weight_decay: float | None = None,
-    eps: float = 1e-8,
+    eps: float | None = None,
     seeds: Whole = 3,
     updates: Whole = 8,
     batch: Whole = 8,
@@ -68,7 +68,7 @@ def coord(
     weight_decay
         Of the base; by default the TOML file's, else 0.
     eps
-        Of the base.
+        Of the base; by default the TOML file's, else 1e-8.
     seeds
         How many initialisations of each size.
     updates
@@ -92,14 +92,18 @@ def coord(
     quiet
         Print nothing while training.
     """
+    from mupace.cli.settings import refuse_place
     from mupace.tune.coordinates import coordinate_check
 
+    if out is not None:
+        refuse_place("--out", out, folder=True)
     if plot is not None:
         from mupace.tune.coordinate_plot import check_target
 
         check_target(plot)
     given = {
         "rules": rules,
+        "eps": eps,
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "lr": None if lr is None else _rate(lr),
@@ -110,7 +114,6 @@ def coord(
         base,
         widths=_multiples("--widths", widths),
         depths=_multiples("--depths", depths),
-        eps=eps,
         seeds=seeds,
         updates=updates,
         batch=batch,
@@ -141,6 +144,7 @@ def _base(model: str, changes: list[str], seq_len: int) -> tuple[Any, dict[str, 
 def _of_run(path: Path, changes: list[str], seq_len: int) -> tuple[Any, dict[str, Any]]:
     from mupace.cli.settings import load_config
     from mupace.trainer.model import resolve
+    from mupace.trainer.parts import base_eps
     from mupace.trainer.scaling import base_of
     from mupace.trainer.tokens import ByteTokenizer
 
@@ -149,6 +153,8 @@ def _of_run(path: Path, changes: list[str], seq_len: int) -> tuple[Any, dict[str
     longest = max(seq_len, config.data.seq_len)
     target = resolve(m.name, m.config, tokenizer=ByteTokenizer(), seq_len=longest).config
     settings = {"optimizer": o.name, "lr": o.lr, "weight_decay": o.weight_decay, "optimizer_options": dict(o.options)}
+    own_eps = base_eps(config)
+    settings |= {} if own_eps is None else {"eps": own_eps}
     if section is None:
         return target, settings
     base = base_of(section.base)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from mupace.cli.settings import GivenPath
 from mupace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def params(
     rules: str | None = None,
     allow: list[str] | None = None,
     diff: str | None = None,
-    save: Path | None = None,
+    save: GivenPath | None = None,
 ) -> int:
     """Show every parameter of a model with its role, and the groups that rules make of them.
 
@@ -90,7 +91,7 @@ def _section(base: list[str], rules: str | None, allow: list[str]) -> dict[str, 
     folder = [text for text in base if "=" not in text]
     if folder and len(base) > 1:
         raise ConfigError(f"--base {folder[0]!r}: legal is one folder, or keys as hidden_size=64")
-    given: Any = folder[0] if folder else dict(change(text) for text in base)
+    given: Any = folder[0] if folder else dict(change(text, "--base", "hidden_size=64") for text in base)
     options = {"base": given if base else None, "rules": rules, "allow": allow or None}
     return {key: value for key, value in options.items() if value is not None}
 
@@ -196,7 +197,7 @@ def _plan_of(where: str) -> Plan | Mapping[str, Any]:
     try:
         saved = json.loads(Path(where).read_text(encoding="utf-8"))
         assert isinstance(saved["tensors"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise ConfigError(f"--diff {where!r}: legal is a run's TOML file, or a plan that --save wrote") from None
     return dict(saved)
 

@@ -41,7 +41,7 @@ def load_config(path: Path, changes: Sequence[str]) -> RunConfig:
     return config.replace(dict(change(text) for text in changes)) if changes else config
 
 
-def change(text: str) -> tuple[str, Any]:
+def change(text: str, option: str = "--set", example: str = "optimizer.lr=1e-3") -> tuple[str, Any]:
     """`optimizer.lr=1e-3` -> ("optimizer.lr", 0.001).
 
     >>> change("optimizer.lr=1e-3"), change("schedule.total=500 steps")
@@ -49,8 +49,17 @@ def change(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {text!r}: legal is key=value, such as optimizer.lr=1e-3")
+        raise ConfigError(f"{option} {text!r}: legal is key=value, such as {example}")
     return key.strip(), toml_value(value.strip())
+
+
+def refuse_place(option: str, path: Path, *, folder: bool = False) -> None:
+    """Raise unless a file (a folder) can come to be at a path; asked before the work whose result goes there."""
+    above = next(place for place in (path if folder else path.parent, *path.parents) if place.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{option} {str(path)!r}: {above} is a file; legal is a place below a directory")
+    if path.is_dir() and not folder:
+        raise ConfigError(f"{option} {str(path)!r} is a directory; legal is a file")
 
 
 def toml_value(text: str) -> Any:

@@ -83,12 +83,14 @@ def sweep(
     quiet
         Print nothing while training.
     """
-    from mupace.cli.settings import load_config
+    from mupace.cli.settings import load_config, refuse_place
     from mupace.tune.rates import learning_rates
     from mupace.tune.sizes import refuse_other_length
     from mupace.tune.sweep import sweep as run
     from mupace.tune.transfer import transfer
 
+    if write is not None:
+        refuse_place("--write", write)
     settings = load_config(config, set_ or [])
     lrs, regret = learning_rates(lr), _fraction(max_regret)
     sizes = _sizes(settings, evidence, widths, depths)
@@ -137,7 +139,7 @@ def _sizes(settings: RunConfig, evidence: bool, widths: str | None, depths: str 
 
 def _multiples(name: str, text: str | None) -> list[float]:
     try:
-        return [float(part) for part in (text or "1").split(",")]
+        return [float(part) for part in ("1" if text is None else text).split(",")]
     except ValueError:
         raise ConfigError(f"{name} {text!r}: legal are multiples of the proxy, '1,2,4'") from None
 
@@ -147,7 +149,10 @@ def _fraction(text: str | None) -> float | None:
         return None
     number, percent, _ = text.strip().partition("%")
     try:
-        return float(number) / (100 if percent else 1)
+        share = float(number) / (100 if percent else 1)
+        if not 0 <= share < float("inf"):
+            raise ValueError(text)
+        return share
     except ValueError:
         raise ConfigError(f"--max-regret {text!r}: legal is a percentage, '1%', or a fraction, 0.01") from None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mupace.errors import ConfigError, StateError, one_of
+from mupace.errors import ConfigError, MatchError, StateError, one_of
 from mupace.optimizers import OPTIMIZERS, spec_for
 from mupace.scaling.base import base_of
 from mupace.scaling.duration import Duration
@@ -21,7 +21,7 @@ from mupace.scaling.initial import own_ratios
 from mupace.scaling.multipliers import NAMES, folded, multipliers
 from mupace.scaling.plan import Plan
 from mupace.scaling.rules import RuleSet, row_of, rule_set
-from mupace.structure import read
+from mupace.structure import Structure, read
 
 _APPLIED: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()  # models whose weights were scaled
 
@@ -76,15 +76,18 @@ def parametrize(
         StateError: for a model that was parametrised before, that an optimizer already holds, or that is not fresh.
     """
     _refuse_words(optimizer, weight_decay, embedding_lr, init, explicit)
+    model = _unwrapped(model)
     _refuse_again(model)
     _refuse_optimizer(model)
     chosen, duration = rule_set(rules), duration or Duration()
     if chosen.betas == "batch" and duration.rule == "none":
         duration = replace(duration, rule="betas")
     duration.check(optimizer)
+    _refuse_options(chosen, weight_decay, embedding_lr)
     target = read(model, inputs=inputs, roles=roles, axes=axes)
-    small = base_of(model, base, inputs=inputs, roles=roles, axes=axes, allow=allow)
+    small = base_of(model, _unwrapped(base), inputs=inputs, roles=roles, axes=axes, allow=allow)
     sized = grown(small.structure.table, target.table)
+    _refuse_readout(chosen, sized, target)
     needed = multipliers(chosen, sized, small.structure, target)
     factors, offsets = folded(needed, explicit)
     sized = {name: replace(one, forward=factors.get(name, 1.0)) for name, one in sized.items()}
@@ -104,6 +107,7 @@ def parametrize(
         offsets=offsets,
         duration=duration,
         options=asdict(options),
+        model=weakref.ref(model),
     )
     attach(model, plan.explicit)
     _write(target.table.tensors, changes, offsets)
@@ -125,6 +129,43 @@ def _refuse_words(optimizer: str, weight_decay: str, embedding_lr: str, init: st
     for argument, given, legal in words:
         if given not in legal:
             raise one_of(argument, given, legal)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model that torch.compile or data parallelism holds: its tensors are the same, its names are its own."""
+    while isinstance(model, torch.nn.Module):
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _refuse_options(rules: RuleSet, weight_decay: str, embedding_lr: str) -> None:
+    """Rules whose numbers are given as they stand have no place for the options."""
+    for argument, given, default in (
+        ("weight_decay", weight_decay, "constant"),
+        ("embedding_lr", embedding_lr, "const"),
+    ):
+        if rules.direct and given != default:
+            raise ConfigError(f"{argument}={given!r}: these rules do not read it; legal is {default!r}")
+
+
+def _refuse_readout(rules: RuleSet, sized: Mapping[str, Sized], target: Structure) -> None:
+    """A last matrix looks like any other where neither a name nor an operator says that it gives the logits."""
+    known = any(one.row.role == "head" and "in" in one.row.axes for one in sized.values())
+    if target.traced or rules.direct or known:
+        return
+    for one in sized.values():
+        said = one.row.evidence.startswith("override")
+        plain = not said and one.row.role == "linear" and one.row.place == "output" and len(one.row.shape) == 2
+        if plain and one.growth.k_in != 1.0 and one.growth.k_out == 1.0:
+            raise MatchError(
+                f"{one.row.name} {one.row.shape} may give the logits, and the model's operators are not known; legal "
+                f"is inputs=, what the model is called with, or roles={{{one.row.name!r}: 'head'}} (or 'linear')"
+            )
 
 
 def _refuse_again(model: torch.nn.Module) -> None:

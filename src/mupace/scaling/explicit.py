@@ -59,6 +59,10 @@ def _carrier(model: torch.nn.Module, owner: str, multiplier: Multiplier) -> torc
 
 def _head(model: torch.nn.Module, multiplier: Multiplier) -> torch.nn.Module:
     """The module that makes the logits."""
+    owners = [name.rpartition(".")[0] for gain in multiplier.gains for name in gain.tensors]
+    matrices = [owner for owner in owners if getattr(model.get_submodule(owner), "weight", torch.empty(0)).ndim > 1]
+    if matrices:  # of an untied head, of which there may be several
+        return model.get_submodule(matrices[0])
     stock: Any = getattr(model, "get_output_embeddings", lambda: None)  # of transformers' models
     head: torch.nn.Module | None = stock()
     if head is not None:

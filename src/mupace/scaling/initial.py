@@ -8,7 +8,7 @@ themselves differs from class to class (transformers: one constant; torch: 1/sqr
 
 (of a bias: the k_in of the matrix beside it). The relative error of a measured ratio is e = sqrt(1/(2n) + 1/(2m)) for n
 and m elements; laws within 5 e of it are possible. Where several give different values (small tensors), the law that
-most tensors of the model follow is taken; where none is possible, nothing is touched. A constant must be the same in both.
+most tensors of the model follow is taken; where none is possible, nothing is touched. Constants must be the same.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def own_ratios(sized: Mapping[str, Sized], base: Tensors, target: Tensors) -> di
     """
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for name, one in sized.items():  # the layers of a Sequential differ in their numbers, too, and in their shapes
-        alike = (re.sub(r"\d+", "#", name), one.row.shape, one.base.shape, one.growth)
+        alike = (re.sub(r"\d+", "#", name), one.row.shape, one.base.shape, _growth_beside(name, sized))
         kinds.setdefault(alike, []).append(name)
     measured = [_measured(names, sized, base, target) for names in kinds.values()]
     votes = Counter(law for one in measured if len(one.values) == 1 for law in one.laws)

@@ -62,11 +62,28 @@ def _residual(rules: RuleSet, sized: Mapping[str, Sized], base: ParamTable, targ
     ratios = {stack: depth / base.depths[stack] for stack, depth in table.depths.items()}
     if not target.traced and any(ratio != 1.0 for ratio in ratios.values()) and rules.branch.depth:
         yield Multiplier(name="residual", value=0.0, gains=(), where="every residual branch")
+    if target.traced and rules.branch.depth:
+        _refuse_unseen(sized, target)
     for i, gains in enumerate(target.branches):
         rows = [table[name] for gain in gains for name in gain.tensors]
         ratio = max((depth_ratio(row, base, table) for row in rows), default=max(ratios.values(), default=1.0))
         value = ratio**rules.branch.depth
         yield Multiplier(name="residual", value=value, gains=gains, where=f"residual branch {i}")
+
+
+def _refuse_unseen(sized: Mapping[str, Sized], target: Structure) -> None:
+    """A stack that grew and in which no sum x + f(x) was found would get the lr of a scaled branch without its scale.
+
+    Branches that nothing scales (no gains) may be anywhere; they are refused, or left explicit, by themselves.
+    """
+    grown = {one.row.stack: one.row for one in sized.values() if one.row.block is not None and one.growth.depth != 1.0}
+    seen = {target.table[name].stack for gains in target.branches for gain in gains for name in gain.tensors}
+    lost = [row for stack, row in grown.items() if stack not in seen]
+    if lost and all(target.branches):
+        raise ConfigError(
+            f"residual: no sum x + f(x) is seen in the blocks of {lost[0].name}, whose number grew; legal are as "
+            "many blocks in the base, or rules without a multiplier on branches, such as 'mup'"
+        )
 
 
 def _ends(rules: RuleSet, sized: Mapping[str, Sized], base: Structure, target: Structure) -> Iterator[Multiplier]:
@@ -78,22 +95,56 @@ def _ends(rules: RuleSet, sized: Mapping[str, Sized], base: Structure, target: S
         if name in target.constants and name in base.constants
     }
     embedding = 1.0 / change.get("embedding", 1.0)
-    table = tuple(name for name, one in sized.items() if one.row.role == "embedding" and one.row.place == "input")
-    yield Multiplier(name="embedding", value=embedding, gains=(Gain(tensors=table[:1]),), where="the embedding")
+    gains = tuple(Gain(tensors=(name,)) for name in _token_tables(sized))
+    yield Multiplier(name="embedding", value=embedding, gains=gains, where="the embedding")
+    heads = {name: one for name, one in sized.items() if one.row.role == "head" and "in" in one.row.axes}
+    scaled = {name for gain in target.logits for name in gain.tensors}
+    first = None if tied is not None else next((name for name in heads if name in scaled), next(iter(heads), None))
     if tied is not None:
         logits = 1.0 / (tied.growth.k_out * change.get("logits", 1.0) * embedding)
     else:
-        head = next((s for s in sized.values() if s.row.role == "head" and "in" in s.row.axes), None)
-        logits = (1.0 if head is None else rules.logits(head.growth)) / change.get("logits", 1.0)
-    yield Multiplier(name="logits", value=logits, gains=target.logits, where="the logits")
+        logits = (1.0 if first is None else rules.logits(heads[first].growth)) / change.get("logits", 1.0)
+    gains = tuple(_without_biases(sized, target.logits))
+    yield Multiplier(name="logits", value=logits, gains=gains, where="the logits")
+    for name, one in heads.items():  # heads beside it: each has a matrix of its own
+        if name != first:
+            value = rules.logits(one.growth)
+            yield Multiplier(name="logits", value=value, gains=(Gain(tensors=(name,)),), where=f"what {name} gives")
+
+
+def _token_tables(sized: Mapping[str, Sized]) -> tuple[str, ...]:
+    """The tables that are looked up by tokens, as far as the operators say; encoder and decoder may have one each."""
+    tables = [one.row for one in sized.values() if one.row.role == "embedding" and one.row.place == "input"]
+    said = tuple(row.name for row in tables if "embedding of tokens" in row.evidence)
+    return said or tuple(row.name for row in tables[:1])
+
+
+def _without_biases(sized: Mapping[str, Sized], gains: Sequence[Gain]) -> Iterator[Gain]:
+    """The gains of h·W alone: a bias of the logits themselves is as long in the base, and is not multiplied."""
+    for gain in gains:
+        rows = [sized[name] for name in gain.tensors]
+        kept = tuple(o.row.name for o in rows if o.row.role != "bias" or o.growth.k_out != 1.0)
+        if kept:
+            yield Gain(tensors=kept, offset=gain.offset)
 
 
 def _tied_readout(sized: Mapping[str, Sized], target: Structure) -> Sized | None:
-    """The embedding matrix that is also the head's, None if the head has its own."""
-    if any(one.row.role == "head" and "in" in one.row.axes for one in sized.values()):
+    """The embedding matrix that is also the head's, None if the head has its own.
+
+    A model with a tied head may have an untied one beside it (BERT's of the next sentence): the logits are those that
+    the operators call so.
+    """
+    heads = {name for name, one in sized.items() if one.row.role == "head" and "in" in one.row.axes}
+    scaled = {name for gain in target.logits for name in gain.tensors}
+    if heads and (not scaled or heads & scaled):
         return None
-    shared = (one for one in sized.values() if one.row.role == "embedding" and one.row.aliases)
-    return next(shared, None)
+    shared = [one for one in sized.values() if one.row.role == "embedding" and one.row.aliases]
+    return next((one for one in shared if _names_a_head(one)), next(iter(shared), None))
+
+
+def _names_a_head(one: Sized) -> bool:
+    """Whether one of a table's names is not that of another table."""
+    return any("embed" not in alias and "shared" not in alias for alias in one.row.aliases)
 
 
 def _attention(sized: Mapping[str, Sized], base: Structure, target: Structure) -> Iterator[Multiplier]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mupace.errors import ConfigError, StateError
-from mupace.optimizers import OPTIMIZERS
+from mupace.optimizers import OPTIMIZERS, OptimizerSpec
 from mupace.params import Param, ParamTable
 from mupace.scales import NO_DECAY, Rule, Scales, groups
 from mupace.scaling.duration import Duration
@@ -41,6 +42,8 @@ class Plan:
     """Name of a tensor that is used as offset + w, for those that a multiplier was folded into."""
     duration: Duration = field(default_factory=Duration)
     options: Mapping[str, str] = field(default_factory=dict)
+    model: weakref.ref[Any] | None = field(default=None, repr=False, compare=False)
+    """The model, whose tensors may be replaced after the plan was made (FSDP2, to_empty)."""
 
     def __str__(self) -> str:
         return folded(self)
@@ -68,6 +71,7 @@ class Plan:
 
         Raises:
             ConfigError: as `mupace.groups`; weight decay on a gain that is used as 1 + w and carries a multiplier.
+            StateError: when the model's tensors have other names by now.
         """
         if self.duration.changes and betas is None and self.duration.moves_betas:
             raise ConfigError("betas are not given, but the batch or the length changes them: write betas=(0.9, 0.95)")
@@ -76,12 +80,28 @@ class Plan:
         mine = Rule(scales=lambda param, table: self._factors(param), text=f"parametrize({self.rules!r})")
         more = [rules] if isinstance(rules, Rule) else list(rules)
         made = groups(
-            self.table, [mine, *more], lr=lr, weight_decay=weight_decay, eps=eps if has_eps else None, no_decay=no_decay
+            self._table(),
+            [mine, *more],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps if has_eps else None,
+            no_decay=no_decay,
         )
         self._refuse_decay_to_offset(made)
         moved = {} if betas is None else {"betas": self.duration.betas(betas)}
         mark = {"plan": self.digest}
         return [{**group, **moved, **mark} for group in made]
+
+    def _table(self) -> ParamTable:
+        """The table with the model's tensors as they are now: sharding puts others in the place of those it had."""
+        model = None if self.model is None else self.model()
+        if model is None:
+            return self.table
+        now = dict(model.named_parameters(remove_duplicate=False))
+        lost = next((row.name for row in self.table if row.name not in now), None)
+        if lost is not None:
+            raise StateError(f"plan: the model has no {lost} any more; legal is plan.groups(...) before it is wrapped")
+        return ParamTable(self.table.rows, {row.name: now[row.name] for row in self.table})
 
     def _factors(self, param: Param) -> Scales:
         return self.scales[param.name] * self.duration.scales
@@ -102,10 +122,10 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def check(self, optimizers: Any) -> None:
-        """Raise unless every group of the optimizers was made by this plan.
+        """Raise unless every group of the optimizers was made by this plan, and for their kind of optimizer.
 
         Raises:
-            StateError: naming the first group that was not.
+            StateError: naming the first group that was not, or an optimizer that needs other factors.
         """
         rows, digest = optimizers if isinstance(optimizers, Sequence) else [optimizers], self.digest
         for optimizer in rows:
@@ -116,6 +136,20 @@ class Plan:
                     raise StateError(
                         f"optimizer: {name!r} was made by {made}; build it after parametrize, from plan.groups(lr=...)"
                     )
+            self._refuse_kind(optimizer)
+
+    def _refuse_kind(self, optimizer: Any) -> None:
+        """The factors of one update are wrong for another; classes that are not registered are the user's own."""
+        known = {name: spec for name, spec in OPTIMIZERS.items() if spec.path.endswith(f":{type(optimizer).__name__}")}
+        mine = OPTIMIZERS[self.optimizer]
+        legal = [mine] if mine.rest is None else [mine, OPTIMIZERS[mine.rest]]
+        decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+        if not known or any(_alike(one, two, optimizer, decays) for one in known.values() for two in legal):
+            return
+        raise StateError(
+            f"optimizer={type(optimizer).__name__}: the plan's factors are for {self.optimizer}; legal is "
+            f"parametrize(..., optimizer={next(iter(known))!r})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the choices, and k's and factors of every tensor."""
@@ -155,3 +189,12 @@ class Plan:
         if found:
             also = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
             raise StateError(f"the saved plan is another one: {found[0]}{also}; legal is the plan the run began with")
+
+
+def _alike(one: OptimizerSpec, two: OptimizerSpec, optimizer: Any, decays: bool) -> bool:
+    """Whether two optimizers take the same factors; how they decay matters where they do."""
+    decay = one.decay
+    if any(group.get("decoupled_weight_decay") for group in optimizer.param_groups):  # torch's Adam can be AdamW
+        decay = "decoupled"
+    update = (one.gradient_power, one.shape_factor, one.eps) == (two.gradient_power, two.shape_factor, two.eps)
+    return update and (decay == two.decay or not decays)

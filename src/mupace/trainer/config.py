@@ -99,7 +99,7 @@ class ParametrizeSection(Section):
         from mupace.scaling import RULES
 
         if self.rules not in RULES:
-            raise one_of("parametrize.rules", self.rules, RULES)
+            raise one_of("rules", self.rules, RULES)
         if self.duration == "none" and (self.batch, self.tokens) != (1.0, 1.0):
             raise ConfigError(
                 f"batch={self.batch:g}, tokens={self.tokens:g} change nothing with duration='none'; legal are 'sde' "

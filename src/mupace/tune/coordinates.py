@@ -70,7 +70,7 @@ class CoordinateCheck:
 
     def cause(self, axis: str) -> str:
         """What most likely is wrong along an axis; "" if nothing is."""
-        return cause(self.along(axis), _on_axis(self.runs, axis))
+        return cause(self.along(axis), _on_axis(self.runs, axis), self.bound)
 
     def __str__(self) -> str:
         from mupace.tune.coordinate_table import table
@@ -183,29 +183,11 @@ def coordinate_check(
         dtype=dtype,
     )
     runs = _run_all(setup, [(size, seed) for size in sizes for seed in chosen_seeds], jobs, progress)
-    found = [
-        verdict
-        for axis in AXES
-        if len({getattr(r.size, axis) for r in _on_axis(runs, axis)}) > 1
-        for verdict in verdicts(_on_axis(runs, axis), axis, chosen, statistic=statistic, bound=bound)
-    ]
-    settings = {
-        "optimizer": optimizer,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "eps": eps,
-        "updates": updates,
-        "seeds": list(chosen_seeds),
-        "widths": sorted({r.size.width for r in runs}),
-        "depths": sorted({r.size.depth for r in runs}),
-        "dtype": dtype,
-        "statistic": statistic,
-    }
     return CoordinateCheck(
         rules=rules if isinstance(rules, str) else "own",
-        settings=settings,
+        settings=_settings(setup, runs, statistic),
         runs=tuple(runs),
-        verdicts=tuple(found),
+        verdicts=_judged(runs, chosen, statistic, bound),
         bound=bound,
     )
 
@@ -380,6 +362,25 @@ def _refuse_local(setup: Setup) -> None:
 
 def _name(thing: Any) -> str:
     return getattr(thing, "__qualname__", repr(thing))
+
+
+def _judged(runs: Sequence[Run], rules: RuleSet, statistic: str, bound: float) -> tuple[Verdict, ...]:
+    """The verdicts along each axis on which there are several sizes."""
+    on = {axis: _on_axis(runs, axis) for axis in AXES}
+    several = [axis for axis in AXES if len({getattr(r.size, axis) for r in on[axis]}) > 1]
+    return tuple(v for axis in several for v in verdicts(on[axis], axis, rules, statistic=statistic, bound=bound))
+
+
+def _settings(setup: Setup, runs: Sequence[Run], statistic: str) -> dict[str, Any]:
+    """JSON-able: with what the runs were made."""
+    names = ("optimizer", "lr", "weight_decay", "eps", "updates", "dtype")
+    return {
+        **{name: getattr(setup, name) for name in names},
+        "seeds": sorted({r.seed for r in runs}),
+        "widths": sorted({r.size.width for r in runs}),
+        "depths": sorted({r.size.depth for r in runs}),
+        "statistic": statistic,
+    }
 
 
 def _on_axis(runs: Iterable[Run], axis: str) -> list[Run]:

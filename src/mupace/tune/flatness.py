@@ -130,15 +130,24 @@ def worst(found: Iterable[Verdict]) -> Verdict | None:
     return max(fitted, key=lambda v: (v.status == FAILS, v.status == UNDECIDED, abs(v.excess)), default=None)
 
 
-def cause(found: Sequence[Verdict], runs: Sequence[Run]) -> str:
+def cause(found: Sequence[Verdict], runs: Sequence[Run], bound: float = BOUND) -> str:
     """What most likely is wrong, judged by the first figure in the model's order that fails; "" when none does.
 
     What is wrong at the start is wrong later too, so the quantities are taken in their order first; along depth the
-    residual stream says more than what single blocks add to it.
+    residual stream says more than what single blocks add to it. A slope whose interval reaches into what is expected
+    names nothing.
     """
     order = [v for quantity in QUANTITIES for v in found if v.quantity == quantity and v.status == FAILS]
-    failing = sorted(order, key=lambda v: (v.slope is None, v.axis == "depth" and v.kind != "stream"))
+    clear = [v for v in order if _clear(v, bound)]
+    failing = sorted(clear, key=lambda v: (v.slope is None, v.axis == "depth" and v.kind != "stream"))
+    if order and not failing:
+        return "perhaps chance: every interval reaches into what is expected; more seeds, or a larger base, would tell"
     return next(_named(failing[0], runs), "not known") if failing else ""
+
+
+def _clear(v: Verdict, bound: float) -> bool:
+    """Whether the whole interval lies outside of what is expected."""
+    return v.slope is None or v.slope.low > v.expected.high + bound or v.slope.high < v.expected.low - bound
 
 
 def _named(v: Verdict, runs: Sequence[Run]) -> Iterator[str]:

@@ -240,6 +240,9 @@ def _open(out: Path, identity: dict[str, Any]) -> None:
     """
     file = out / SWEEP
     if not file.exists():
+        foreign = next((p.name for p in sorted(out.iterdir())), None) if out.is_dir() else None
+        if foreign is not None:
+            raise StateError(f"{out} holds {foreign!r} and no sweep; legal is a sweep's directory, or a new one")
         write_whole(file, json.dumps(identity, indent=1) + "\n", "sweep")
         return
     try:
