@@ -3,7 +3,8 @@
 Llama, GPT-2 and Qwen3 (grouped queries, normed queries and keys). Width 1 to 8 times a base of 64 under `mup`, 3 seeds;
 depth 1 to 8 times a base of 4 blocks under `completep`, 4 seeds; "standard" (the class's own initialisation, one lr) as
 the control, one seed. Bounds: every slope within 0.1 of what theory says, known to ± 0.2; the control's worst slope is
-beyond 0.3. What is printed is kept in results/coordinates.txt, all figures and verdicts in results/coordinates.json.
+beyond 0.3. What it printed last is in results/coordinates.txt; all figures and verdicts are kept in
+results/coordinates.json.
 
     python benchmarks/coordinates.py [--small] [--models llama,gpt2] [--axes width,depth] [--seeds 3] [--jobs 1]
 """
@@ -108,7 +109,11 @@ def _rounded(value: Any) -> Any:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="three sizes on each axis; keeps no results")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="three sizes on each axis, which may leave slopes undecided; keeps no results",
+    )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--axes", default=",".join(AXES))
     parser.add_argument("--seeds", type=int, help="by default those of each axis")

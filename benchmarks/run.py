@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup.py", "curve.py", "pacer_step.py", "trainer_overhead.py")
+SCRIPTS = ("startup.py", "curve.py", "pacer_step.py", "trainer_overhead.py", "plan_7b.py")
 
 
 def main() -> int:

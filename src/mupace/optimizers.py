@@ -197,15 +197,25 @@ def spec_for(name: str, row: Param) -> OptimizerSpec:
 def _build(
     name: str, spec: OptimizerSpec, groups: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> Optimizer:
-    cls = _class(name, spec)
-    legal = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "params")]
-    for key in options:
-        if key not in legal:
-            raise one_of(f"option of {name}", key, legal)
+    cls = refuse_options(name, options)
     dropped = {"eps"} if spec.eps is None else set()
     kept = [{key: value for key, value in group.items() if key not in dropped} for group in groups]
     built: Optimizer = cls(kept, **{**spec.defaults, **options})
     return built
+
+
+def refuse_options(name: str, options: Mapping[str, Any]) -> Any:
+    """The class of an optimizer that takes these options.
+
+    Raises:
+        ConfigError: for an option that it does not have.
+    """
+    cls = _class(name, OPTIMIZERS[name])
+    legal = [key for key in inspect.signature(cls.__init__).parameters if key not in ("self", "params")]
+    for key in options:
+        if key not in legal:
+            raise one_of(f"option of {name}", key, legal)
+    return cls
 
 
 def _class(name: str, spec: OptimizerSpec) -> Any:

@@ -120,9 +120,7 @@ class TestOptimizers:
 
 
 def test_a_new_optimizer_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mupace.optimizers.OPTIMIZERS", OPTIMIZERS.copy(), raising=True)
-    for module in ("mupace.scaling.plan", "mupace.scaling.duration", "mupace.scaling.apply"):
-        monkeypatch.setattr(f"{module}.OPTIMIZERS", mupace.optimizers.OPTIMIZERS)
+    monkeypatch.setitem(OPTIMIZERS, "nadam", OPTIMIZERS["adamw"])  # put back as it was: not there
     decoupled = {"decoupled_weight_decay": True}
     spec = OptimizerSpec(path="torch.optim:NAdam", decay="decoupled", momentum="betas", eps="eps", defaults=decoupled)
     register_optimizer("nadam", spec)

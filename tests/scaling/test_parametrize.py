@@ -267,6 +267,18 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight_decay": "const"}, ConfigError, r"weight_decay='const' is not known \(did you mean 'constant'\?\)"),
     ({"embedding_lr": "sqrt"}, ConfigError, "embedding_lr='sqrt' is not known"),
     ({"explicit": "logits"}, ConfigError, r"explicit='logits': legal is a sequence"),
+    ({"explicit": None}, ConfigError, r"explicit=None: legal is a sequence, such as \('logits',\)"),
+    ({"allow": "head_dim"}, ConfigError, r"allow='head_dim': legal is a sequence"),
+    ({"roles": "norm"}, ConfigError, "roles='norm': legal is a dict of selector to role"),
+    ({"optimizer": ["adamw"]}, ConfigError, r"optimizer=\['adamw'\]: legal is a name"),
+    ({"duration": "sde"}, ConfigError, r"duration='sde': legal is mupace.Duration"),
+    ({"duration": mupace.Duration(batch=4.0)}, ConfigError, "change nothing with rule='none'"),
+    ({"optimizer": "muon", "optimizer_options": {"adjust_lr": "original"}}, ConfigError, "option of muon='adjust_lr'"),
+    ({"base": {"hidden_size": 0}}, ConfigError, r"base: hidden_size=0: the target has 32, legal is a whole"),
+    ({"base": {"hidden_size": 16.5}}, ConfigError, r"base: hidden_size=16.5: the target has 32"),
+    ({"base": {"hidden_size": "16"}}, ConfigError, r"base: hidden_size='16': the target has 32"),
+    ({"base": {3: 4}}, MatchError, r"a key of base=3 is not known"),
+    ({"rules": "completep", "init": "keep"}, ConfigError, r"init='keep': the rules fold 0.3333 into .*o_proj.weight"),
     ({"explicit": ("logit",)}, ConfigError, "explicit='logit' is not known"),
     ({"init": "never"}, ConfigError, "init='never' is not known"),
     ({"base": {"hiden_size": 16}}, MatchError, r"a key of base='hiden_size' is not known \(did you mean 'hidden_size'"),
@@ -289,6 +301,50 @@ def test_bad_input_is_one_line_before_anything_changes(
         parametrize(model, **{"base": {k: SIZES[k] for k in WIDE}, **changes})
     assert "\n" not in str(caught.value)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_what_training_refuses_a_dry_run_refuses_too() -> None:
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **WIDE}))
+    with pytest.raises(ConfigError, match=r"init='keep': the rules fold 0.3333"):
+        parametrize(model, base={k: SIZES[k] for k in WIDE}, rules="completep", init="keep")
+
+
+def test_a_readout_of_one_number_has_a_bias_of_one_element() -> None:
+    torch.manual_seed(0)
+    base, model = (nn.Sequential(nn.Linear(6, w), nn.ReLU(), nn.Linear(w, 1)) for w in (16, 64))
+    plan = parametrize(model, base=base, inputs=(torch.zeros(2, 6),))
+    assert (plan.scales["2.weight"].lr, plan.scales["2.bias"].lr) == (0.25, 1.0)
+
+
+def test_another_number_of_outputs_is_another_task() -> None:
+    torch.manual_seed(0)
+    base, model = Mlp(16), Mlp(32)
+    base.head = nn.Linear(16, 3)
+    with pytest.raises(ConfigError, match=r"head.weight is \(3,\), in the target \(5,\)"):
+        parametrize(model, base=base)
+    with pytest.raises(ConfigError, match=r"head.weight: it gives 1.66667 times as many outputs as the base's"):
+        parametrize(model, base=base, allow=("lengths",))
+
+
+def test_muon_must_be_built_as_the_plan_was_derived() -> None:
+    plan = parametrize(llama(**WIDE), base=llama(seed=1), optimizer="muon")
+    first, _ = mupace.optimizer("muon", plan.groups(lr=0.1), table=plan.table)
+    plan.check(first)
+    matrices = [g for g in plan.groups(lr=0.1) if all(p.ndim == 2 for _, p in g["params"]) and "embed" not in g["name"]]
+    other = torch.optim.Muon([{k: v for k, v in g.items() if k != "eps"} for g in matrices])
+    with pytest.raises(
+        StateError, match=r"Muon has {'adjust_lr_fn': None}, the plan's factors are for .*match_rms_adamw"
+    ):
+        plan.check(other)
+
+
+def test_a_grown_head_size_divides_the_attention_scale() -> None:
+    """s -> s/k of the base's: the stock scale is head_size^-1/2, so the queries take another k^-1/2."""
+    model = llama(**{**WIDE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})
+    plan = parametrize(model, base={**{k: SIZES[k] for k in WIDE}, "head_dim": 4}, allow=("head_dim",))
+    assert plan.scales["model.layers.0.self_attn.q_proj.weight"].forward == pytest.approx(2**-0.5)
+    assert plan.scales["model.layers.0.self_attn.k_proj.weight"].forward == 1.0
 
 
 def test_another_norm_is_refused() -> None:

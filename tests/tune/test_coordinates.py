@@ -87,9 +87,10 @@ def test_standard_fails_in_width() -> None:
 @pytest.mark.timeout(600)
 def test_completep_passes_in_depth() -> None:
     """And standard fails in the residual stream."""
-    base = LlamaConfig(**{**TINY, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.014})
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    base = LlamaConfig(**{**TINY, **heads, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.014})
     options = {"widths": (1,), "depths": (1, 2, 4, 8), "lr": 2**-10, "updates": 12, "batches": batches(12)}
-    right, wrong = (checked(base, rules=r, seeds=n, **options) for r, n in (("completep", 4), ("standard", 1)))
+    right, wrong = (checked(base, rules=r, seeds=n, **options) for r, n in (("completep", 6), ("standard", 1)))
     assert right.passed, str(right)
     assert not wrong.passed
     assert "residual branches are not multiplied by 1/depth" in wrong.cause("depth")

@@ -98,7 +98,7 @@ def verdict(quantity: str, exponent: float, noise: float, module: str = "m") -> 
 
 def test_a_cause_needs_a_slope_that_is_clear() -> None:
     """One just beyond the bound may be chance; the first clear one names the cause, wherever it stands."""
-    chance, clear = verdict("change", 0.12, 0.15), verdict("change", 1.0, 0.05, "n")
+    chance, clear = verdict("change", 0.15, 0.2), verdict("change", 1.0, 0.05, "n")
     assert (chance.status, clear.status) == (FAILS, FAILS)
     assert cause([chance], []).startswith("perhaps chance")
     assert cause([chance, clear], []) == "lr is not divided by the width"

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from mupace.errors import ConfigError, MatchError, StateError, one_of
-from mupace.optimizers import OPTIMIZERS, spec_for
+from mupace.errors import StateError
+from mupace.optimizers import spec_for
 from mupace.scaling.base import base_of
 from mupace.scaling.duration import Duration
 from mupace.scaling.explicit import attach
-from mupace.scaling.factors import EMBEDDING_LR, WEIGHT_DECAY, Options, Sized, scales_of
+from mupace.scaling.factors import Options, Sized, scales_of
 from mupace.scaling.growth import by_name, grown
 from mupace.scaling.initial import own_ratios
-from mupace.scaling.multipliers import NAMES, folded, multipliers
+from mupace.scaling.multipliers import folded, multipliers
 from mupace.scaling.plan import Plan
+from mupace.scaling.refusals import (
+    refuse_grown_outputs,
+    refuse_keep,
+    refuse_kinds,
+    refuse_optimizer,
+    refuse_unknown_readout,
+    refuse_unread_options,
+    refuse_words,
+)
 from mupace.scaling.rules import RuleSet, row_of, rule_set
-from mupace.structure import Structure, read
+from mupace.structure import read
 
 _APPLIED: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()  # models whose weights were scaled
 
@@ -75,22 +83,26 @@ def parametrize(
         ConfigError, MatchError: for what cannot be scaled, before anything is changed.
         StateError: for a model that was parametrised before, that an optimizer already holds, or that is not fresh.
     """
-    _refuse_words(optimizer, weight_decay, embedding_lr, init, explicit)
+    refuse_kinds(model=model, optimizer=optimizer, optimizer_options=optimizer_options, duration=duration)
+    refuse_kinds(explicit=explicit, allow=allow, roles=roles, axes=axes)
+    refuse_words(optimizer, optimizer_options, weight_decay, embedding_lr, init, explicit)
     model = _unwrapped(model)
     _refuse_again(model)
-    _refuse_optimizer(model)
+    refuse_optimizer(model)
     chosen, duration = rule_set(rules), duration or Duration()
     if chosen.betas == "batch" and duration.rule == "none":
         duration = replace(duration, rule="betas")
     duration.check(optimizer)
-    _refuse_options(chosen, weight_decay, embedding_lr)
+    refuse_unread_options(chosen, weight_decay, embedding_lr)
     target = read(model, inputs=inputs, roles=roles, axes=axes)
     small = base_of(model, _unwrapped(base), inputs=inputs, roles=roles, axes=axes, allow=allow)
     sized = grown(small.structure.table, target.table)
-    _refuse_readout(chosen, sized, target)
+    refuse_unknown_readout(chosen, sized, target)
+    refuse_grown_outputs(sized, target)
     needed = multipliers(chosen, sized, small.structure, target)
     factors, offsets = folded(needed, explicit)
     sized = {name: replace(one, forward=factors.get(name, 1.0)) for name, one in sized.items()}
+    refuse_keep(sized, init)
     options = Options(weight_decay=weight_decay, embedding_lr=embedding_lr)
     live = not any(tensor.is_meta for tensor in target.table.tensors.values())
     changes = _weight_changes(sized, chosen, small.tensors(), target.table.tensors, init) if live else {}
@@ -107,6 +119,7 @@ def parametrize(
         offsets=offsets,
         duration=duration,
         options=asdict(options),
+        optimizer_options=dict(optimizer_options or {}),
         model=weakref.ref(model),
     )
     attach(model, plan.explicit)
@@ -114,21 +127,6 @@ def parametrize(
     if live:
         _APPLIED[model] = plan
     return plan
-
-
-def _refuse_words(optimizer: str, weight_decay: str, embedding_lr: str, init: str, explicit: Sequence[str]) -> None:
-    if isinstance(explicit, str):
-        raise ConfigError(f"explicit={explicit!r}: legal is a sequence, such as ({explicit!r},)")
-    words: list[tuple[str, str, Iterable[str]]] = [
-        ("optimizer", optimizer, OPTIMIZERS),
-        ("weight_decay", weight_decay, WEIGHT_DECAY),
-        ("embedding_lr", embedding_lr, EMBEDDING_LR),
-        ("init", init, ("scale", "keep")),
-        *(("explicit", name, NAMES[:3]) for name in explicit),
-    ]
-    for argument, given, legal in words:
-        if given not in legal:
-            raise one_of(argument, given, legal)
 
 
 def _unwrapped(model: Any) -> Any:
@@ -143,63 +141,6 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
-def _refuse_options(rules: RuleSet, weight_decay: str, embedding_lr: str) -> None:
-    """Rules whose numbers are given as they stand have no place for the options."""
-    for argument, given, default in (
-        ("weight_decay", weight_decay, "constant"),
-        ("embedding_lr", embedding_lr, "const"),
-    ):
-        if rules.direct and given != default:
-            raise ConfigError(f"{argument}={given!r}: these rules do not read it; legal is {default!r}")
-
-
-def _refuse_readout(rules: RuleSet, sized: Mapping[str, Sized], target: Structure) -> None:
-    """A last matrix looks like any other where neither a name nor an operator says that it gives the logits."""
-    known = any(one.row.role == "head" and "in" in one.row.axes for one in sized.values())
-    if target.traced or rules.direct or known:
-        return
-    for one in sized.values():
-        said = one.row.evidence.startswith("override")
-        plain = not said and one.row.role == "linear" and one.row.place == "output" and len(one.row.shape) == 2
-        if plain and one.growth.k_in != 1.0 and one.growth.k_out == 1.0:
-            raise MatchError(
-                f"{one.row.name} {one.row.shape} may give the logits, and the model's operators are not known; legal "
-                f"is inputs=, what the model is called with, or roles={{{one.row.name!r}: 'head'}} (or 'linear')"
-            )
-
-
-def _refuse_again(model: torch.nn.Module) -> None:
-    if model in _APPLIED:
-        raise StateError(
-            f"model: parametrize was applied to this {type(model).__name__} before (rules={_APPLIED[model].rules!r}); "
-            "legal is a freshly built one"
-        )
-
-
-def _refuse_optimizer(model: torch.nn.Module) -> None:
-    """An optimizer that was built before has the learning rates of the base for every tensor."""
-    if _optimizer_of(model) is None:
-        return
-    gc.collect()  # one that nobody holds any more does not count
-    optimizer = _optimizer_of(model)
-    if optimizer is not None:
-        raise StateError(
-            f"model: an {type(optimizer).__name__} already holds its parameters; legal is parametrize first, then the "
-            "optimizer from plan.groups(lr=...)"
-        )
-
-
-def _optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer | None:
-    mine = {id(p) for p in model.parameters()}
-    optimizers = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer))
-    for optimizer in optimizers:
-        held = (id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
-        if not mine.isdisjoint(held):
-            found: torch.optim.Optimizer = optimizer
-            return found
-    return None
-
-
 def _weight_changes(
     sized: Mapping[str, Sized],
     rules: RuleSet,
@@ -209,11 +150,6 @@ def _weight_changes(
 ) -> dict[str, float]:
     """Name to the factor of the weights, for those that change."""
     if init == "keep":
-        lost = next((one for one in sized.values() if one.forward != 1.0), None)
-        if lost is not None:
-            raise ConfigError(
-                f"init='keep': the rules fold {lost.forward:.4g} into {lost.row.name}; legal is init='scale'"
-            )
         return {}
     own = own_ratios(sized, base, target)
     spec = spec_for("adamw", next(iter(sized.values())).row)  # any: the init does not depend on the optimizer
@@ -221,6 +157,14 @@ def _weight_changes(
     keep = {name for name, one in sized.items() if row_of(rules, one.row).init is None}
     factors = {name: one.forward if name in keep else wanted[name] / own[name] for name, one in sized.items()}
     return {name: factor for name, factor in factors.items() if factor != 1.0}
+
+
+def _refuse_again(model: torch.nn.Module) -> None:
+    if model in _APPLIED:
+        raise StateError(
+            f"model: parametrize was applied to this {type(model).__name__} before (rules={_APPLIED[model].rules!r}); "
+            "legal is a freshly built one"
+        )
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def base_of(
     try:
         with torch.device("meta"):
             shell = build(model, config)
-    except (ValueError, RuntimeError, TypeError, AssertionError) as error:
+    except (ValueError, RuntimeError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise ConfigError(f"base={base!r} cannot be built: {str(error).splitlines()[0]}") from error
     compare(shell, model, allow=allow)  # tensors and ties, too
     structure = read(shell, inputs=inputs, roles=roles, axes=axes)
@@ -82,7 +82,19 @@ def _config_of(model: torch.nn.Module, base: Any) -> Any:
         )
     config: Any = copy.deepcopy(model.config)
     for key, value in base.items():
-        if not hasattr(config, key):
+        if not isinstance(key, str) or not hasattr(config, key):
             raise one_of("a key of base", key, sorted(config.to_dict()), MatchError)
-        setattr(config, key, value)
+        _set(config, key, value)
     return config
+
+
+def _set(config: Any, key: str, value: object) -> None:
+    mine = getattr(config, key)
+    counted = isinstance(mine, int) and not isinstance(mine, bool) and mine > 0
+    try:
+        if counted and (not isinstance(value, int) or value < 1):
+            raise TypeError(value)
+        setattr(config, key, value)
+    except Exception:  # configurations check their fields in ways of their own; all of them are the user's value
+        legal = "a whole number from 1 on" if counted else "a value of that kind"
+        raise ConfigError(f"base: {key}={value!r}: the target has {mine!r}, legal is {legal}") from None

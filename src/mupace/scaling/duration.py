@@ -25,8 +25,8 @@ class Duration:
         empirical  lr · sqrt(b) · t^-0.32
         betas      1 − β · b/t, and nothing else
 
-    sde: Mlodozeniec et al., arXiv 2512.22382, Table 1 (Adam and AdamW); for t = 1 the square-root rule of Malladi et
-    al., arXiv 2205.10287. Valid below the critical batch size.
+    sde: Mlodozeniec et al., arXiv 2512.22382, Table 1 (AdamW); for t = 1 the square-root rule of Malladi et al.,
+    arXiv 2205.10287. Valid below the critical batch size.
     """
 
     batch: float = 1.0
@@ -64,8 +64,11 @@ class Duration:
         """The betas of the target: 1 − β grows with batch over tokens.
 
         Raises:
-            ConfigError: when a beta would leave [0, 1).
+            ConfigError: for what are not two betas, or when one would leave [0, 1).
         """
+        legal = len(base) == 2 and all(is_number(beta) and 0.0 <= beta < 1.0 for beta in base)
+        if not legal:
+            raise ConfigError(f"betas={base!r}: legal are two numbers in [0, 1), such as (0.9, 0.95)")
         if not self.moves_betas:
             return base
         ratio = self.batch / self.tokens
@@ -81,13 +84,18 @@ class Duration:
         """Raise when the rule is not known for an optimizer.
 
         Raises:
-            ConfigError: `sde` for an optimizer without second moments.
+            ConfigError: `sde` for another optimizer than AdamW; ratios that no rule reads.
         """
         spec = OPTIMIZERS[optimizer]
-        if self.changes and self.rule == "sde" and spec.eps is None:
+        if self.rule == "none" and (self.batch, self.tokens) != (1.0, 1.0):
             raise ConfigError(
-                f"duration: the sde rule is derived for Adam and AdamW, not for {optimizer}; legal is 'empirical', or "
-                "'none' and a learning rate tuned at this batch and length"
+                f"duration: batch={self.batch:g}, tokens={self.tokens:g} change nothing with rule='none'; legal is "
+                "'sde' or 'empirical'"
+            )
+        if self.changes and self.rule == "sde" and (spec.eps is None or spec.decay != "decoupled"):
+            raise ConfigError(
+                f"duration: the sde rule is derived for AdamW, not for {optimizer}; legal is 'empirical', or a rate "
+                "that was tuned at this batch and length"
             )
 
 

@@ -150,9 +150,14 @@ def _names_a_head(one: Sized) -> bool:
 def _attention(sized: Mapping[str, Sized], base: Structure, target: Structure) -> Iterator[Multiplier]:
     """s_target -> s_base / k, k the growth of the head size: q·k of a grown head is a sum of k times as many terms."""
     old, new = base.constants.get("attention"), target.constants.get("attention")
-    if old is None or new is None or old == new:
+    sizes = [one.constants.get("head_size", 1.0) for one in (base, target)]
+    k = sizes[1] / sizes[0]
+    if old is None or new is None:
+        if k != 1.0:
+            raise ConfigError(
+                f"head size: it grew {k:g} times, and what q·k is multiplied by is not known; legal is the base's"
+            )
         return
-    k = (old / new) ** 2  # the stock scale is head_size^-1/2
     for where, gains in target.queries.items():
         yield Multiplier(name="attention", value=old / k / new, gains=gains, where=f"the queries of {where}")
 

@@ -42,6 +42,8 @@ class Plan:
     """Name of a tensor that is used as offset + w, for those that a multiplier was folded into."""
     duration: Duration = field(default_factory=Duration)
     options: Mapping[str, str] = field(default_factory=dict)
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    """Those that the size of its update depends on, as they were given."""
     model: weakref.ref[Any] | None = field(default=None, repr=False, compare=False)
     """The model, whose tensors may be replaced after the plan was made (FSDP2, to_empty)."""
 
@@ -144,6 +146,7 @@ class Plan:
         mine = OPTIMIZERS[self.optimizer]
         legal = [mine] if mine.rest is None else [mine, OPTIMIZERS[mine.rest]]
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+        self._refuse_factor(optimizer, list(known.values()))
         if not known or any(_alike(one, two, optimizer, decays) for one in known.values() for two in legal):
             return
         raise StateError(
@@ -151,12 +154,26 @@ class Plan:
             f"parametrize(..., optimizer={next(iter(known))!r})"
         )
 
+    def _refuse_factor(self, optimizer: Any, known: Sequence[OptimizerSpec]) -> None:
+        """An orthogonal update must be multiplied by what the plan's lr was derived for."""
+        mine = OPTIMIZERS[self.optimizer]
+        if mine.shape_factor is None or mine not in known:
+            return
+        options = {**mine.defaults, **self.optimizer_options}
+        for group in optimizer.param_groups:
+            if any(mine.shape_factor(shape, options) != mine.shape_factor(shape, group) for shape in ((2, 8), (8, 2))):
+                given = {key: group.get(key) for key in options}
+                raise StateError(
+                    f"optimizer={type(optimizer).__name__} has {given}, the plan's factors are for {options}; legal is "
+                    "mupace.optimizer(...), or parametrize(..., optimizer_options=...)"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the choices, and k's and factors of every tensor."""
         return {
             "rules": self.rules,
             "optimizer": self.optimizer,
-            "options": dict(self.options),
+            "options": {**self.options, **self.optimizer_options},
             "duration": asdict(self.duration),
             "explicit": [[m.name, m.where, m.value] for m in self.explicit],
             "tensors": {

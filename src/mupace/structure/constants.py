@@ -18,13 +18,20 @@ _THROUGH = VIEWS | {"dropout", "neg", "index", "index_select", "gather", "mean",
 
 
 def constants(graph: Graph, found: Iterable[Attention], logits: Node | None, matrices: int) -> dict[str, float]:
-    """The constants that are known: embedding, attention, logits."""
+    """The constants that are known: embedding, attention, head_size, logits."""
+    found = list(found)
     known = {
         "embedding": _common(_after(graph, node) for node in graph.nodes if is_token_table(graph, node)),
         "attention": _common(_attention(graph, attention, matrices) for attention in found),
+        "head_size": _common(_last(attention.query) for attention in found),
         "logits": None if logits is None else _logits(graph, logits, matrices),
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _last(node: Node) -> float | None:
+    """The length of its last dimension."""
+    return float(node.shape[-1]) if node.shape else None
 
 
 def _common(values: Iterable[float | None]) -> float | None:

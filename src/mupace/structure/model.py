@@ -37,6 +37,6 @@ class Structure:
     constants: Mapping[str, float] = field(default_factory=dict)
     """Products of scalar constants in the forward pass: `embedding` (between the token embedding and the residual
     stream; Gemma's √d), `logits` (between the last norm and the logits; T5's d^-1/2, Granite's 1/logits_scaling),
-    `attention` (what q·k is multiplied by; absent if blocks differ)."""
+    `attention` (what q·k is multiplied by) and `head_size` (how many terms that sum has); absent if blocks differ."""
     traced: bool = False
     """Whether the operators were read (torch.export); without it branches, logits and queries are unknown."""

@@ -46,7 +46,7 @@ def check_target(path: Path) -> None:
 
 
 def draw(check: CoordinateCheck, path: Path) -> None:
-    """One row of panels for each axis, one panel for each quantity; a figure that fails is red and named, an undecided one dotted."""
+    """A row of panels for each axis, a panel for each quantity; what fails is red and named."""
     check_target(path)
     from matplotlib.figure import Figure
 
