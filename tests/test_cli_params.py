@@ -101,7 +101,7 @@ def test_select_shows_a_part(capsys: pytest.CaptureFixture[str]) -> None:
         (["llama", "--save", "p.json"], "--save 'p.json': llama has no base"),
         (["llama", "--diff", "p.json"], "--diff 'p.json': llama has no base"),
         (["run.toml", "--diff", "text.txt"], "--diff 'text.txt': legal is a run's TOML file, or a plan"),
-        (["run.toml", "--diff", "gone.json"], "gone.json: No such file"),
+        (["run.toml", "--diff", "gone.json"], "--diff 'gone.json': legal is a run's TOML file"),
         (["run.toml", "--rules", "mupp"], "did you mean 'mup'"),
         (["llama", "--rules", "mup"], "parametrize.base: missing; it is required"),
         (["llama", "--base", "nowhere"], "parametrize.base='nowhere': legal is a folder"),
@@ -137,3 +137,14 @@ def test_a_folder_of_any_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a BertForSequenceClassification is shown as it is" in err
     BertConfig(architectures=["BertOfMine"], **sizes).save_pretrained("mine")
     assert "a BertOfMine is shown as it is; legal is a class of transformers" in call(capsys, "mine")[2]
+
+
+def test_sizes_are_shown_in_the_configurations_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "gpt2", "--sizes", "--no-groups")
+    assert code == 0
+    (row,) = [line for line in out.splitlines() if "c_attn.weight" in line]
+    assert row.endswith("(n_embd, 3*n_embd)")
+    code, out, _ = call(capsys, "run.toml", "--sizes", "--no-groups")
+    assert "(intermediate_size, hidden_size)" in out
+    assert "rules mup for adamw" in out
+    assert "n_embd" not in call(capsys, "gpt2", "--no-groups")[1]

@@ -28,6 +28,7 @@ def params(
     lr: float = 1.0,
     weight_decay: float = 0.1,
     layer_decay: float | None = None,
+    sizes: bool = False,
     base: list[str] | None = None,
     rules: str | None = None,
     allow: list[str] | None = None,
@@ -56,6 +57,8 @@ def params(
         Weight decay of the groups, likewise.
     layer_decay
         Layerwise decay of the groups, likewise: alpha in lr * alpha^(L - l).
+    sizes
+        Show how long each dimension is in terms of the configuration's keys, found by changing them.
     base
         A key of the configuration in which the base differs (hidden_size=64); may be repeated. Or the base's folder.
     rules
@@ -70,7 +73,7 @@ def params(
     config = _config(model, set_ or [], lr, weight_decay, layer_decay, _section(base or [], rules, allow or []))
     if config.parametrize is None:
         _refuse_without_plan(model, diff, save)
-    table, plan = _read(config)
+    table, plan = _read(config, sizes)
     other = None if diff is None else _plan_of(diff)
     _print(config, table, plan, select, groups)
     if plan is not None and save is not None:
@@ -129,7 +132,7 @@ def _config(
     )
 
 
-def _read(config: RunConfig) -> tuple[ParamTable, Plan | None]:
+def _read(config: RunConfig, sizes: bool = False) -> tuple[ParamTable, Plan | None]:
     """The table, and the plan where there is a base; the model has no memory, shapes and names are all there is."""
     from dataclasses import replace
 
@@ -140,11 +143,19 @@ def _read(config: RunConfig) -> tuple[ParamTable, Plan | None]:
 
     m = config.model
     if _other_class(m.name) is not None:
-        return param_table(_shell(config), config.groups.roles), None
+        shell = _shell(config)
+        return _sized(shell, param_table(shell, config.groups.roles), sizes), None
     blueprint = resolve(m.name, m.config, tokenizer=ByteTokenizer(), seq_len=config.data.seq_len, attention=m.attention)
     built = _on_meta(replace(blueprint, weights=None))
     plan = parametrized(config, replace(blueprint, weights=None), built)
-    return (param_table(built, config.groups.roles) if plan is None else plan.table), plan
+    table = param_table(built, config.groups.roles) if plan is None else plan.table
+    return _sized(built, table, sizes), plan
+
+
+def _sized(model: Any, table: ParamTable, sizes: bool) -> ParamTable:
+    from mupace.structure import with_sizes
+
+    return with_sizes(model, table) if sizes else table
 
 
 def _on_meta(blueprint: Any) -> Any:
@@ -208,6 +219,8 @@ def _print(config: RunConfig, table: ParamTable, plan: Plan | None, select: str 
     from mupace.trainer.parts import groups_of
 
     shown = table if select is None else table.select(select)
+    if plan is not None and any(row.sizes for row in shown):
+        print(f"{shown}\n")
     print(shown if plan is None else replace(plan, table=shown))
     if groups:
         print(f"\n{_show(groups_of(config, table, plan))}")

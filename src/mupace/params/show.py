@@ -58,6 +58,7 @@ def _line(group: list[Param]) -> tuple[str, str, str, str, str]:
     first, name = group[0], name_of(group)
     notes = ["tied to " + ", ".join(first.aliases)] if first.aliases else []
     notes += [] if first.trainable else ["frozen"]
+    notes += [f"({', '.join(first.sizes)})"] if first.sizes else []
     count = f"x{len(group)}" if len(group) > 1 else ""
     return name, first.role, str(first.shape), count, "; ".join(notes)
 

@@ -50,7 +50,8 @@ class Param:
     axes: tuple[str, ...] = ()
     """What each dimension is there for, one of `AXES`; () where it is not known."""
     sizes: tuple[str, ...] = ()
-    """How long each dimension is in terms of the configuration, "num_attention_heads*head_dim"; () if not known."""
+    """How long each dimension is in terms of the configuration, "num_attention_heads*head_dim"; filled in by
+    `mupace.structure.with_sizes`, () where nobody asked."""
     k_in: float = 1.0
     """How much its contracted dimension grew from the base model."""
     k_out: float = 1.0

@@ -6,6 +6,6 @@ from mupace.structure.compare import compare
 from mupace.structure.model import Gain, Structure
 from mupace.structure.reader import read
 from mupace.structure.resize import resize
-from mupace.structure.sizes import label_sizes, length, unexplained
+from mupace.structure.sizes import label_sizes, length, unexplained, with_sizes
 
-__all__ = ["Gain", "Structure", "compare", "label_sizes", "length", "read", "resize", "unexplained"]
+__all__ = ["Gain", "Structure", "compare", "label_sizes", "length", "read", "resize", "unexplained", "with_sizes"]

@@ -14,6 +14,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -60,6 +61,13 @@ def label_sizes(config: Any, build: Callable[[Any], Any], table: ParamTable) -> 
     if wrong is not None:
         raise ConfigError(f"build: {wrong} is {wanted[wrong]} in the table, and {full.get(wrong)} in what was built")
     return next(found for found in _attempts(config, build, wanted) if found is not None)
+
+
+def with_sizes(model: torch.nn.Module, table: ParamTable) -> ParamTable:
+    """The table of a `transformers` model with the `sizes` of every row; raises as `label_sizes`."""
+    config: Any = model.config
+    labels = label_sizes(config, type(model), table)
+    return ParamTable(tuple(replace(row, sizes=labels[row.name]) for row in table), table.tensors)
 
 
 def unexplained(labels: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
