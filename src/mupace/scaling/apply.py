@@ -89,10 +89,8 @@ def parametrize(
     model = _unwrapped(model)
     _refuse_again(model)
     refuse_optimizer(model)
-    chosen, duration = rule_set(rules), duration or Duration()
-    if chosen.betas == "batch" and duration.rule == "none":
-        duration = replace(duration, rule="betas")
-    duration.check(optimizer)
+    chosen = rule_set(rules)
+    duration = _checked(duration or Duration(), chosen, optimizer)
     refuse_unread_options(chosen, weight_decay, embedding_lr)
     target = read(model, inputs=inputs, roles=roles, axes=axes)
     small = base_of(model, _unwrapped(base), inputs=inputs, roles=roles, axes=axes, allow=allow)
@@ -106,11 +104,10 @@ def parametrize(
     options = Options(weight_decay=weight_decay, embedding_lr=embedding_lr)
     live = not any(tensor.is_meta for tensor in target.table.tensors.values())
     changes = _weight_changes(sized, chosen, small.tensors(), target.table.tensors, init) if live else {}
-    table = by_name(target.table, sized)
     plan = Plan(
         rules=rules if isinstance(rules, str) else "own",
         optimizer=optimizer,
-        table=table,
+        table=by_name(target.table, sized),
         scales={
             name: scales_of(one, chosen, options, spec_for(optimizer, one.row), optimizer_options)
             for name, one in sized.items()
@@ -127,6 +124,14 @@ def parametrize(
     if live:
         _APPLIED[model] = plan
     return plan
+
+
+def _checked(duration: Duration, rules: RuleSet, optimizer: str) -> Duration:
+    """The duration as the rules read it."""
+    if rules.betas == "batch" and duration.rule == "none":
+        duration = replace(duration, rule="betas")
+    duration.check(optimizer)
+    return duration
 
 
 def _unwrapped(model: Any) -> Any:
