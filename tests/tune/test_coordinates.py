@@ -96,6 +96,7 @@ def test_completep_passes_in_depth() -> None:
     assert "residual branches are not multiplied by 1/depth" in wrong.cause("depth")
 
 
+@pytest.mark.slow
 def test_too_few_seeds_are_undecided_and_no_pass() -> None:
     """One seed, and a lr at which training is chaotic."""
     check = checked(LlamaConfig(**TINY), seeds=1, lr=2**-4)
@@ -168,6 +169,7 @@ def test_a_plain_module_by_a_function(plain: CoordinateCheck) -> None:
     ],
     ids=["lr not divided", "lr divided twice", "init not divided", "init divided twice", "eps not scaled"],
 )
+@pytest.mark.slow
 def test_each_fault_is_found_and_named(
     wrong: dict[str, Any], eps: float, failing: str, named: str, plain: CoordinateCheck
 ) -> None:
@@ -213,6 +215,7 @@ def residual(width: float, depth: float) -> nn.Module:
     return Residual(int(64 * width), int(4 * depth))
 
 
+@pytest.mark.slow
 def test_depth_tells_completep_from_mup() -> None:
     options = {**PLAIN, "widths": (1,), "depths": (1, 2, 4, 8), "seeds": 3, "lr": 2**-8}
     right, wrong = (checked(residual, rules=r, **options) for r in ("completep", "mup"))
@@ -224,6 +227,7 @@ def test_depth_tells_completep_from_mup() -> None:
     assert wrong.cause("depth").startswith("residual branches are not multiplied by 1/depth")
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_numbers() -> None:
     options = {"widths": (1, 2, 4), "seeds": 1, "updates": 2, "lr": 2**-9, "batches": batches(2, 4, 17)}
     one, two = (checked(LlamaConfig(**TINY), jobs=jobs, **options) for jobs in (1, 2))
@@ -359,6 +363,7 @@ SET = [
 FAST = ["--widths", "1,2,4", "--seeds", "1", "--updates", "1", "--batch", "2", "--seq-len", "16", "--quiet"]
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Standard fails: exit code 1, with its files written; bad input: 2, one line, and nothing written."""
     out = tmp_path / "out"
@@ -383,6 +388,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_run_file_gives_its_base_and_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.toml"
     file.write_text(

@@ -176,6 +176,7 @@ def test_trials_of_one_seed_are_paired(whole: Sweep, run: RunConfig) -> None:
     assert {k for k in large if small.get(k) != large[k]} == {"model", "parametrize"}
 
 
+@pytest.mark.slow
 def test_two_jobs_find_what_one_does(run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
     other = sweep(run, lrs=LRS, sizes=[Size(width=2)], seeds=(0, 1), out=tmp_path, jobs=2)
     assert same(whole, other)
@@ -206,6 +207,7 @@ def started(file: Path, out: Path, change: str = "") -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code, str(file), str(out)], start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(file: Path, run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
     """SIGKILL of the sweep and its workers together, in the middle of a trial."""
     process = started(file, tmp_path)
@@ -228,6 +230,7 @@ def test_a_killed_sweep_goes_on(file: Path, run: RunConfig, whole: Sweep, tmp_pa
     assert list(running.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(run: RunConfig, tmp_path: Path) -> None:
     found = sweep(run, lrs=(1e-2, 1e30), seeds=(0,), out=tmp_path)
     assert np.isfinite(found.losses()).tolist() == [[True, False]]
@@ -245,6 +248,7 @@ def test_every_rate_diverges(run: RunConfig, tmp_path: Path) -> None:
         _ = found.lr
 
 
+@pytest.mark.slow
 def test_the_training_loss_may_be_the_objective(run: RunConfig, tmp_path: Path) -> None:
     own, _ = family(run)
     found = sweep(run, lrs=LRS[:1], seeds=(0,), out=tmp_path / "sweep", objective="train")
@@ -322,6 +326,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ne
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported_and_its_trial_tried_again(run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
     said: list[dict[str, Any]] = []
 
@@ -340,6 +345,7 @@ def test_a_worker_that_dies_is_reported_and_its_trial_tried_again(run: RunConfig
 
 
 @needs_proc
+@pytest.mark.slow
 def test_a_trial_that_two_workers_die_in_ends_the_sweep(run: RunConfig, tmp_path: Path) -> None:
     with killing(), pytest.raises(StateError, match=r"died \(exit code -9\) in trial .* as another one had before"):
         sweep(run, lrs=LRS, seeds=(0,), out=tmp_path)
@@ -347,6 +353,7 @@ def test_a_trial_that_two_workers_die_in_ends_the_sweep(run: RunConfig, tmp_path
 
 
 @needs_proc
+@pytest.mark.slow
 def test_workers_do_not_outlive_the_sweep(file: Path, tmp_path: Path) -> None:
     """Or the next sweep would train in the directory that they train in."""
     process = started(file, tmp_path, '.replace({"schedule.total": "1000000 steps"})')
@@ -426,6 +433,7 @@ def test_the_command_finds_the_rate_and_writes_the_run_file(
     assert json.loads(capsys.readouterr().out)["lr"] == 0.01
 
 
+@pytest.mark.slow
 def test_the_command_states_the_evidence(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evidence = (*BRACKETED, "--evidence", "--compare", "standard")
     assert sweep_command(file, tmp_path, *evidence, "--max-shift", "20", "--max-regret", "100%") == 0
@@ -439,6 +447,7 @@ def test_the_command_states_the_evidence(file: Path, tmp_path: Path, capsys: pyt
     assert not made.exists()
 
 
+@pytest.mark.slow
 def test_the_command_does_not_claim_a_rate_at_the_edge(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
