@@ -117,7 +117,9 @@ def test_nothing_but_weights_changes_and_stock_code_loads_what_is_saved(tmp_path
 
 
 @pytest.mark.parametrize("rules", list(mupace.scaling.RULES))
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "muon", "lion"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", *(pytest.param(o, marks=pytest.mark.slow) for o in ("adam", "sgd", "muon", "lion"))]
+)
 def test_at_base_size_it_is_exactly_nothing(rules: str, optimizer: str) -> None:
     model = llama(seed=4)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
