@@ -17,9 +17,9 @@ LAYERS = (
     ("schedules", "params", "scales"),
     ("record", "optimizers", "gradients", "structure"),
     ("scaling",),
-    ("pacer",),
+    ("pacer", "migrate"),
     ("report", "trainer", "checks"),
-    ("tune",),
+    ("tune", "gate"),
     ("integrations", "cli", "__init__", "__main__"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
