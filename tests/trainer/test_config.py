@@ -63,6 +63,7 @@ SECTIONS = {
     "batch": ("acumulate", "accumulate"),
     "optimizer": ("weight_decey", "weight_decay"),
     "parametrize": ("embeding_lr", "embedding_lr"),
+    "start": ("rewarn", "rewarm"),
     "groups": ("layer_dekay", "layer_decay"),
     "clip": ("nrm", "norm"),
     "eval": ("evry", "every"),

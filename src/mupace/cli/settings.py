@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,3 +71,16 @@ def toml_value(text: str) -> Any:
         return parse_toml(f"x = {text}")["x"]
     except ValueError:
         return text
+
+
+def number_of_bytes(option: str, text: str) -> int:
+    """`512 MB` -> 512_000_000.
+
+    >>> number_of_bytes("--max-memory", "1.5 GB"), number_of_bytes("--max-memory", "64MiB")
+    (1500000000, 67108864)
+    """
+    units = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if match is None or match[2] not in units or float(match[1]) <= 0:
+        raise ConfigError(f"{option} {text!r}: legal is a size with its unit, such as '512 MB' ({', '.join(units)})")
+    return int(float(match[1]) * units[match[2]])

@@ -30,6 +30,7 @@ def train(
     end: float = 0.0,
     again: bool = False,
     reason: str = "",
+    accept_failed_gate: bool = False,
     quiet: bool = False,
 ) -> int:
     """Train from a config file; continues from the newest complete checkpoint in OUT.
@@ -58,6 +59,8 @@ def train(
         Let --branch start from a curve that is already decaying.
     reason
         Why the plan is changed; kept in the record.
+    accept_failed_gate
+        Begin from a migrated checkpoint although it has failed a gate; kept in the record.
     quiet
         Print nothing but the last line.
     """
@@ -65,7 +68,8 @@ def train(
     from mupace.cli.settings import load_config
     from mupace.trainer.loop import train as run
 
-    settings = load_config(config, set_ or [])
+    accepted = ["start.accept_failed_gate=true"] if accept_failed_gate else []
+    settings = load_config(config, [*(set_ or []), *accepted])
     changes: dict[str, Callable[[Pacer], None]] = {}
     if extend is not None:
         changes["--extend"] = lambda pacer: pacer.extend(extend, rule=rule, reason=reason)

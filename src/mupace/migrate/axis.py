@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +117,9 @@ class AxisMap:
     @property
     def plain(self) -> bool:
         """Whether nothing happens."""
-        return self.source == self.target and not self.pooled and bool((self.indices[0] == np.arange(self.source)).all())
+        return (
+            self.source == self.target and not self.pooled and bool((self.indices[0] == np.arange(self.source)).all())
+        )
 
     @property
     def pooled(self) -> bool:
@@ -158,7 +161,7 @@ def compressed(indices: Sequence[int] | Indices, source: int, *, cuts: Sequence[
 
 def _packed(kept: Indices, bounds: Sequence[int]) -> list[tuple[Factor, ...]] | None:
     parts, start = [], 0
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         piece = kept[a:b] - start
         size = int(piece.max()) + 1
         found = _factored(piece, size) if piece.min() == 0 else None
@@ -185,21 +188,23 @@ def _factored(kept: Indices, source: int) -> tuple[Factor, ...] | None:
 
 
 def _with_unit(kept: Indices, source: int, unit: int) -> tuple[Factor, ...] | None:
+    """Units of consecutive elements that are copied whole, in one or two nested factors."""
     blocks = kept.reshape(-1, unit)
     if (blocks != blocks[:, :1] + np.arange(unit)).any() or (blocks[:, 0] % unit).any():
         return None
-    outer = blocks[:, 0] // unit
-    n = source // unit
+    outer, n = blocks[:, 0] // unit, source // unit
     tail = (Factor(unit),) if unit > 1 else ()
     for group in (g for g in range(1, n + 1) if n % g == 0):
-        for k in range(1, len(outer) // n + 1):
-            r, rest = divmod(len(outer), n * k)
-            if rest:
-                continue
-            tried = [f for f in (Factor(group, "x", k) if k > 1 else Factor(group), Factor(n // group, "x", r) if r > 1 else Factor(n // group)) if f.size > 1 or f.kind]  # fmt: skip
-            if tried and (_nested(tuple(tried))[0] == outer).all():
-                return (*_merged(tried), *tail) if not (tail and _plain_last(tried)) else (*_merged(tried), *tail)
+        for k in (k for k in range(1, len(outer) // n + 1) if len(outer) % (n * k) == 0):
+            pair = (_copied(group, k), _copied(n // group, len(outer) // (n * k)))
+            tried = [factor for factor in pair if factor.size > 1 or factor.kind]
+            if tried and (_nested(tried)[0] == outer).all():
+                return (*_merged(tried), *tail)
     return None
+
+
+def _copied(size: int, k: int) -> Factor:
+    return Factor(size, "x", k) if k > 1 else Factor(size)
 
 
 def _merged(factors: Sequence[Factor]) -> list[Factor]:
@@ -211,10 +216,6 @@ def _merged(factors: Sequence[Factor]) -> list[Factor]:
         else:
             found.append(factor)
     return found
-
-
-def _plain_last(factors: Sequence[Factor]) -> bool:
-    return not factors[-1].kind
 
 
 def _nested(segment: Sequence[Factor]) -> Indices:
@@ -243,7 +244,7 @@ def _factor(text: str, whole: str) -> Factor:
         if any(i >= size for i in chosen):
             raise ConfigError(f"axes={whole!r}: {max(chosen)} is beyond the {size} elements; legal are 0 to {size - 1}")
         return Factor(size, "@", 1, chosen)
-    if kind and number < 1 or (kind == "/" and size % number):
+    if (kind and number < 1) or (kind == "/" and size % number):
         raise ConfigError(f"axes={whole!r}: {text!r}: legal is a number from 1 on that divides {size}")
     if kind == "~" and number < size:
         raise ConfigError(f"axes={whole!r}: {text!r} leaves elements out; legal is a length of {size} or more")

@@ -19,10 +19,11 @@ from mupace.structure.constants import constants, uncapped
 from mupace.structure.gains import LINEAR_UNARY, Walk
 from mupace.structure.graph import Graph, Node
 from mupace.structure.inputs import inputs_for
+from mupace.structure.kept import kept_trace
 from mupace.structure.model import Gain, Structure
 from mupace.structure.operators import Use, elementwise_axes, weight_of
 from mupace.structure.proof import proves
-from mupace.structure.trace import Inputs, trace
+from mupace.structure.trace import Inputs, Trace, trace
 from mupace.structure.verdicts import decided, graph_roles, plain_role, uses_by_name, with_axes
 
 _LOOKED_UP = ("embedding", "position", "norm", "bias")
@@ -38,7 +39,8 @@ def read(
 ) -> Structure:
     """The structure of a model, read from its operators; the model is not changed, and nothing is computed.
 
-    The forward pass is traced with torch.export on the meta device. Roles follow from the operators that use a
+    The forward pass is traced with torch.export on the meta device, once in a process for transformers models that
+    are alike in all that a trace depends on. Roles follow from the operators that use a
     tensor, then from types and names; `roles` and `axes` have the last word.
 
     Args:
@@ -57,19 +59,26 @@ def read(
     overridden = {row.name for selector in roles or {} for row in matching(table.rows, selector, "roles")}
     fixed = _fixed_axes(table, axes or {})
     inner, prefix = _unwrapped(model)
-    given = inputs_for(inner) if inputs is None else inputs
-    if given is None:
-        return Structure(table=_checked(model, table, table.rows, fixed))
     try:
-        traced = trace(inner, given)
+        traced = _traced(inner, inputs)
     except ConfigError as error:
         if inputs is not None:
             raise
         warnings.warn(f"{error}; only its types and names were read", MupaceWarning, stacklevel=2)
+        traced = None
+    if traced is None:
         return Structure(table=_checked(model, table, table.rows, fixed))
     canonical = {name.removeprefix(prefix): row.name for row in table for name in (row.name, *row.aliases)}
     graph = Graph(traced, scalar_buffers(inner), canonical)
     return _structure(model, graph, table, overridden, fixed)
+
+
+def _traced(model: torch.nn.Module, inputs: Inputs | None) -> Trace | None:
+    """The forward pass with the user's inputs or with a transformers model's own; None where there are neither."""
+    if inputs is not None:
+        return trace(model, inputs)
+    own = inputs_for(model)
+    return None if own is None else kept_trace(model, own)
 
 
 def _unwrapped(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:

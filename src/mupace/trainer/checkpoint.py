@@ -110,7 +110,7 @@ def load(path: str | Path, *, model: Any, optimizers: Sequence[Optimizer], rank:
     path = Path(path)
     verify(path)
     _same(path, "tensors", _manifest(path)[1], _tensors(model))
-    saved = _read_tensors(path / "optimizer.pt")
+    saved = read_tensors(path / "optimizer.pt")
     _check_optimizers(path, saved, model, optimizers)
     rng = None if rank is None else _rng_of(path, rank)
     state: dict[str, Any] = _read_json(path / "state.json")
@@ -151,7 +151,16 @@ def verify(path: str | Path) -> None:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path}: there is no such directory")
-    for name, (size, sha256) in _manifest(path)[0].items():
+    compare_files(path, _manifest(path)[0])
+
+
+def compare_files(path: Path, files: Mapping[str, tuple[int, str]]) -> None:
+    """Compare the files of a directory with what a manifest says of them, name -> (size, sha256).
+
+    Raises:
+        CheckpointError: the first that is missing or of another size or content.
+    """
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path}: {name} is missing")
@@ -276,12 +285,12 @@ def _tensors(model: Any) -> dict[str, str]:
 def _optimizer_state(model: Any, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     return {
         "kinds": [type(o).__name__ for o in optimizers],
-        "names": [_names(model, o) for o in optimizers],
+        "names": [names_of(model, o) for o in optimizers],
         "states": [o.state_dict() for o in optimizers],
     }
 
 
-def _names(model: Any, optimizer: Optimizer) -> list[list[str]]:
+def names_of(model: Any, optimizer: Optimizer) -> list[list[str]]:
     """The parameters' names, group by group."""
     known = {id(p): name for name, p in model.named_parameters()}
     return [[known.get(id(p), "not in the model") for p in group["params"]] for group in optimizer.param_groups]
@@ -294,7 +303,7 @@ def _check_optimizers(path: Path, saved: Mapping[str, Any], model: Any, optimize
         )
     _same(path, "optimizers", dict(enumerate(saved["kinds"])), dict(enumerate(type(o).__name__ for o in optimizers)))
     for i, (names, optimizer) in enumerate(zip(saved["names"], optimizers, strict=True)):
-        own = _names(model, optimizer)
+        own = names_of(model, optimizer)
         if len(names) != len(own):
             raise CheckpointError(
                 f"checkpoint {path}: its optimizer {i} has {len(names)} groups, this run's has {len(own)}"
@@ -333,7 +342,7 @@ def _rng_of(path: Path, rank: int) -> dict[str, Any]:
     if not file.is_file():
         has = len(list(path.glob("rng.rank*.pt")))
         raise CheckpointError(f"checkpoint {path}: it holds generators of {has} processes, none for rank {rank}")
-    return _read_tensors(file)
+    return read_tensors(file)
 
 
 def _write_tensors(value: Mapping[str, Any], file: Path) -> None:
@@ -341,7 +350,7 @@ def _write_tensors(value: Mapping[str, Any], file: Path) -> None:
         torch.save(value, f)
 
 
-def _read_tensors(file: Path) -> dict[str, Any]:
+def read_tensors(file: Path) -> dict[str, Any]:
     value: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return value
 

@@ -108,6 +108,16 @@ class ParametrizeSection(Section):
         return self
 
 
+class StartSection(Section):
+    """Where a run begins that does not begin at random weights: a migrated directory, a checkpoint, or weights."""
+
+    checkpoint: Annotated[str, Field(min_length=1)]
+    optimizer: Literal["keep", "reset"] = "keep"
+    position: Literal["fraction", "tokens", "zero"] = "fraction"
+    rewarm: Length | None = None
+    accept_failed_gate: bool = False
+
+
 class OptimizerSection(Section):
     """An optimizer by name; `lr` is the peak. `options` are the optimizer's own arguments, `rest` those of a second."""
 
@@ -235,11 +245,31 @@ class RunConfig(Section):
     batch: BatchSection = Field(default_factory=BatchSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     parametrize: ParametrizeSection | None = None
+    start: StartSection | None = None
     groups: GroupsSection = Field(default_factory=GroupsSection)
     clip: ClipSection = Field(default_factory=ClipSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     run: RunSection = Field(default_factory=RunSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_start(cls, values: Any) -> Any:
+        """A run that begins from a directory and names no model has that directory's."""
+        start, model = values.get("start"), values.get("model", {})
+        where = start.get("checkpoint") if isinstance(start, Mapping) else None
+        if isinstance(where, str) and isinstance(model, Mapping) and "name" not in model:
+            return {**values, "model": {**model, "name": where}}
+        return values
+
+    @model_validator(mode="after")
+    def _factors_once(self) -> RunConfig:
+        if self.start is not None and self.parametrize is not None:
+            raise ConfigError(
+                f"parametrize with start.checkpoint={self.start.checkpoint!r}: the weights are trained, and the "
+                "factors of their rates come with them; legal is one of the two sections"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_once(self) -> RunConfig:
@@ -275,6 +305,8 @@ class RunConfig(Section):
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `parse` reads it back equal."""
         plain: dict[str, Any] = json.loads(json.dumps(_plain(self)))  # a tuple becomes the list that is read back
+        if self.start is not None and self.model.name == self.start.checkpoint:
+            del plain["model"]["name"]  # it follows the start, also where that is changed
         return plain
 
     def replace(self, changes: Mapping[str, Any]) -> RunConfig:

@@ -254,6 +254,10 @@ class Sampler:
         out = [shuffled(index[epochs == e], self.blocks, self.seed, int(e)) for e in np.unique(epochs)]
         return np.concatenate(out)
 
+    def seek(self, samples: int) -> None:
+        """Stand where a run stands that has consumed so many."""
+        self._position = samples
+
     def state_dict(self) -> dict[str, int]:
         """Four integers, JSON-able."""
         epoch, index = divmod(self._position, self.blocks)

@@ -9,12 +9,11 @@ One process, any device. The order of an update is the one that every part of th
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,21 +31,14 @@ from mupace.trainer import checkpoint
 from mupace.trainer.config import RunConfig
 from mupace.trainer.data import Sampler
 from mupace.trainer.model import evaluating, generate_text
-from mupace.trainer.parts import Parts, changed_plan, describe, intervals, optimizers_of, prepare, rules_of
+from mupace.trainer.parts import Parts, changed_plan, clock_of, describe, intervals, optimizers_of, prepare, rules_of
+from mupace.trainer.same import refuse_another_run
+from mupace.trainer.scaling import factors_of
+from mupace.trainer.start import source_loss
+from mupace.trainer.transfer import carry_over
 
 __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
 
-# Sections that a resumed run must share with its checkpoint; the schedule has its own policy (run.on_mismatch).
-FIXED = ("model", "data", "batch", "optimizer", "parametrize", "groups", "clip", "run")
-# Keys of theirs that may change: where things are (the content is compared by its hash), and how it is computed.
-FREE = {
-    "data.text",
-    "data.tokenizer",
-    "data.cache",
-    "model.compile",
-    "model.gradient_checkpointing",
-    *("run.stage", "run.device", "run.threads", "run.tensorboard", "run.on_mismatch"),
-}
 # A loss scale starts at 2^16 and halves at each skip: after so many in a row it is far below any that could help.
 MAX_SKIPS = 50
 # A loss that is not a number has made the weights so; a few in a row are no accident of the log.
@@ -99,7 +91,7 @@ def train(
         ConfigError, DataError: before anything is written.
         CheckpointError, StateError: a checkpoint of another run; a full disk (what was saved stays).
     """
-    parts = prepare(config)
+    parts = prepare(config, Path(directory))
     trainer = Trainer(parts, Path(directory), progress or (lambda row: None))
     return trainer.run(replan)
 
@@ -124,6 +116,7 @@ class Trainer:
         self.stop: str | None = None
         self.last_loss: float | None = None
         self.last_eval: tuple[float, float] | None = None
+        self.lineage = dict(parts.lineage)
 
     def run(self, replan: Callable[[Pacer], None] | None = None) -> Result:
         """Train to the end of the horizon, or until a signal asks to stop."""
@@ -133,12 +126,15 @@ class Trainer:
             if resumed is None:
                 raise StateError(f"{self.directory} has no checkpoint: there is no run whose plan could be changed")
             replan(self.pacer)
+        if resumed is None:
+            self._start()
         self.eval_interval, self.save_interval = intervals(self.config, self.pacer.curve.horizon)
         if resumed is not None and self._done() and self._last_numbers():
             self.progress({"message": f"this run was finished at update {resumed}: nothing is left to do"})
             return self._result(resumed, "finished")
         with self._record() as record, _signals(self):
             self._announce(record, resumed)
+            self._show_start(record, resumed)
             self._replanned(record)
             try:
                 self._loop(record)
@@ -289,9 +285,17 @@ class Trainer:
             }
         )
 
-    @torch.no_grad()
     def _evaluate(self, record: Record) -> None:
-        """Mean loss over the fixed validation blocks, in nats per token and bits per byte."""
+        """Record how the model does on the validation blocks."""
+        mean, bits, tokens = self._measure()
+        self.last_eval = (mean, bits)
+        clock = self.pacer.clock
+        record.write("eval", step=clock.step, token=clock.token, loss=mean, tokens=tokens, bits_per_byte=bits)
+        self.progress({"message": f"update {clock.step}: validation loss {mean:.4f}, {bits:.3f} bits per byte"})
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[float, float, int]:
+        """Mean loss over the fixed validation blocks, in nats per token and bits per byte, and their tokens."""
         total, tokens = 0.0, 0
         with evaluating(self.model):
             for ids in torch.split(self.eval_blocks, self.config.batch.micro):
@@ -301,11 +305,7 @@ class Trainer:
                 n = ids.shape[0] * (ids.shape[1] - 1)
                 total, tokens = total + float(loss) * n, tokens + n
         mean = total / tokens
-        bits = mean / math.log(2) / self.parts.data.valid_bytes_per_token
-        self.last_eval = (mean, bits)
-        clock = self.pacer.clock
-        record.write("eval", step=clock.step, token=clock.token, loss=mean, tokens=tokens, bits_per_byte=bits)
-        self.progress({"message": f"update {clock.step}: validation loss {mean:.4f}, {bits:.3f} bits per byte"})
+        return mean, mean / math.log(2) / self.parts.data.valid_bytes_per_token, tokens
 
     def _sample(self, record: Record) -> None:
         e = self.config.eval
@@ -325,6 +325,9 @@ class Trainer:
             "text_sha256": self.parts.data.sha256,
             "tokenizer_sha256": self.parts.data.tokenizer.sha256,
             "seconds": self.seconds,
+            "clock": clock_of(self.pacer, self.seconds),
+            "scales": factors_of(self.parts.plan),
+            **({"start": self.lineage} if self.lineage else {}),
         }
         path = checkpoint.save(
             self.directory,
@@ -337,6 +340,30 @@ class Trainer:
         )
         self.unsaved = False
         record.write("checkpoint", step=self.pacer.clock.step, path=path.name)
+
+    def _start(self) -> None:
+        """Stand where the [start] section says: the optimizers' state, the schedule, the data. Nothing is written."""
+        origin, begin, start = self.parts.origin, self.parts.begin, self.config.start
+        if origin is None or begin is None or start is None:
+            return
+        if start.optimizer == "keep":
+            self.lineage["state"] = carry_over(origin.path, self.model, self.parts.optimizers)
+        self.pacer.seek(step=begin.step)
+        self.sampler.seek(begin.step * self.sampler.batch)
+
+    def _show_start(self, record: Record, resumed: int | None) -> None:
+        """Record the loss before the first update, with the source's on the same blocks where it is known."""
+        origin = self.parts.origin
+        if origin is None or resumed is not None:
+            return
+        mean, bits, tokens = self._measure()
+        clock, source = self.pacer.clock, source_loss(self.config, origin, self.parts.data)
+        beside = {} if source is None else {"source": source}
+        record.write(
+            "start", step=clock.step, token=clock.token, loss=mean, tokens=tokens, bits_per_byte=bits, **beside
+        )
+        told = "" if source is None else f" (the source's at update {source['step']}: {source['loss']:.4f})"
+        self.progress({"message": f"update {clock.step}: begins from {origin.path}, validation loss {mean:.4f}{told}"})
 
     def _resume(self) -> int | None:
         """Load the newest complete checkpoint; None when there is none. Nothing is written."""
@@ -351,7 +378,7 @@ class Trainer:
             self.progress({"message": f"left out: {line}", "problem": True})
         if path is None:
             return None
-        _refuse_another_run(path, checkpoint.read_state(path), self.parts)
+        refuse_another_run(path, checkpoint.read_state(path), self.parts)
         state = checkpoint.load(path, model=self.model, optimizers=self.parts.optimizers)
         self.pacer.load_state_dict(state["pacer"])
         self.journaled = state["pacer"]["journaled"]
@@ -374,7 +401,7 @@ class Trainer:
             what = "started again: no complete checkpoint" if resumed is None else f"resumed at update {resumed}"
             self.progress({"message": what})
         if fresh or resumed is None:
-            record.write("run", **describe(self.parts))
+            record.write("run", **describe(self.parts), **({"start": self.lineage} if self.lineage else {}))
 
     def _replanned(self, record: Record) -> None:
         """Record and save a plan that was changed at this resume, so that a kill cannot undo the change."""
@@ -422,37 +449,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
-
-
-def _refuse_another_run(path: Path, saved: Mapping[str, Any], parts: Parts) -> None:
-    """A checkpoint continues only the run that wrote it: the first difference is named."""
-    config = parts.config
-    free = FREE | ({"optimizer.lr"} if config.run.on_mismatch != "error" else set())  # then the pacer decides
-    here = config.to_dict()
-    for section in FIXED:
-        then, now = saved["config"].get(section, {}), here.get(section, {})
-        if not (then and now) and (then or now):
-            words = ("with", "has no such section") if then else ("without", "has one")
-            raise CheckpointError(
-                f"checkpoint {path} was written {words[0]} [{section}], the config {words[1]}; legal is the same, or "
-                "another output directory"
-            )
-        for key in sorted(then.keys() | now.keys()):
-            if f"{section}.{key}" not in free and then.get(key) != now.get(key):
-                raise CheckpointError(
-                    f"checkpoint {path} was written with {section}.{key}={_shown(then.get(key))}, the config has "
-                    f"{_shown(now.get(key))}; legal is the same value, or another output directory"
-                )
-    for what, own in (("text", parts.data.sha256), ("tokenizer", parts.data.tokenizer.sha256)):
-        if (hash_ := saved[f"{what}_sha256"]) != own:
-            raise CheckpointError(
-                f"checkpoint {path} was trained with another {what}: data.{what}={_shown(here['data'][what])} has "
-                f"sha256 {own[:12]}…, {_shown(saved['config']['data'][what])} had {hash_[:12]}…"
-            )
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else json.dumps(value)
 
 
 @contextmanager

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from mupace.errors import ConfigError, MatchError, one_of
 from mupace.trainer.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from mupace.trainer.start import Origin
 
 NAMES = (
     *(
@@ -52,6 +55,8 @@ class Blueprint:
     dtype: torch.dtype
     attention: str | None
     gradient_checkpointing: bool
+    origin: Origin | None = None
+    """Where a run with a [start] section begins."""
 
 
 def resolve(
@@ -273,7 +278,7 @@ def _from_folder(model: str | Path, overrides: Mapping[str, object]) -> tuple[An
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a foreign file fails in many ways; all of them are the user's folder
         raise ConfigError(f"model={str(model)!r}: its config.json cannot be used: {_last(error)}") from error
-    return _overridden(config, overrides), _weights(folder)
+    return _overridden(config, overrides), weights_in(folder)
 
 
 def _overridden(config: Any, overrides: Mapping[str, object]) -> Any:
@@ -293,7 +298,12 @@ def _construct(cls: Any, filled: dict[str, object]) -> Any:
         raise ConfigError(f"model={cls.model_type!r} is not a legal configuration: {_last(error)}") from error
 
 
-def _weights(folder: Path) -> Path | None:
+def weights_in(folder: Path) -> Path | None:
+    """The folder, if it holds weights; None if it holds none.
+
+    Raises:
+        ConfigError: they are pickled.
+    """
     if any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         return folder
     pickled = sorted(f.name for f in folder.glob("*.bin"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +31,19 @@ from mupace.schedules import Curve
 from mupace.trainer.config import GroupsSection, RuleSection, RunConfig
 from mupace.trainer.data import Dataset
 from mupace.trainer.data import prepare as prepare_data
-from mupace.trainer.model import Blueprint, build, resolve
+from mupace.trainer.model import Blueprint, build, resolve, weights_in
 from mupace.trainer.scaling import betas_of, parametrized, summary
+from mupace.trainer.start import (
+    Beginning,
+    Origin,
+    beginning_of,
+    lineage_of,
+    origin_of,
+    refuse_other_model,
+    refuse_other_tokenizer,
+    rewarmed,
+)
+from mupace.trainer.tokens import Tokenizer
 from mupace.units import Horizon, Span
 
 if TYPE_CHECKING:
@@ -53,7 +64,11 @@ class Parts:
     pacer: Pacer
     device: torch.device
     plan: Plan | None = None
-    """How the model was scaled from its base."""
+    """How the model was scaled from its base, or from the small run that it was grown from."""
+    origin: Origin | None = None
+    """What it begins from, with a [start] section; `begin` is where on the schedule, `lineage` what is recorded."""
+    begin: Beginning | None = None
+    lineage: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,16 +123,19 @@ class Ingredients(NamedTuple):
     device: torch.device
 
 
-def ingredients(config: RunConfig) -> Ingredients:
+def ingredients(config: RunConfig, directory: Path | None = None) -> Ingredients:
     """Read the text and check every section against it; shared by training and by the check before it.
 
+    Args:
+        directory: of the run, where it may have a checkpoint; then its [start] section has had its effect.
+
     Raises:
-        ConfigError, DataError: one line each.
+        ConfigError, DataError, CheckpointError: one line each.
     """
     device = _device(config.run.device)
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("run.tensorboard=true needs tensorboard: pip install 'mupace[trackers]'")
-    d, m = config.data, config.model
+    origin, d = origin_of(config.start, directory), config.data
     data = prepare_data(
         d.text,
         tokenizer=d.tokenizer,
@@ -128,32 +146,54 @@ def ingredients(config: RunConfig) -> Ingredients:
     )
     curve = config.curve(len(data.train))
     intervals(config, curve.horizon)
-    blueprint = resolve(
-        m.name,
+    return Ingredients(data, curve, _blueprint(config, origin, data.tokenizer), device)
+
+
+def _blueprint(config: RunConfig, origin: Origin | None, tokenizer: Tokenizer) -> Blueprint:
+    """The model as the section says; its weights are those of what the run begins from."""
+    m, start = config.model, config.start
+    unnamed = origin is not None and start is not None and m.name == start.checkpoint
+    made = resolve(
+        origin.path if origin is not None and unnamed else m.name,
         m.config,
-        tokenizer=data.tokenizer,
-        seq_len=d.seq_len,
+        tokenizer=tokenizer,
+        seq_len=config.data.seq_len,
         dtype=m.dtype,
         attention=m.attention,
         gradient_checkpointing=m.gradient_checkpointing,
     )
-    return Ingredients(data, curve, blueprint, device)
+    if origin is None:
+        return made
+    if origin.kind == "resumed":  # its weights replace all of them
+        return replace(made, weights=None, origin=origin)
+    refuse_other_model(origin, made.config, m.dtype)
+    refuse_other_tokenizer(origin, tokenizer)
+    if weights_in(origin.path) is None:
+        raise ConfigError(
+            f"start.checkpoint={str(origin.path)!r}: it holds no weights; legal is with model.safetensors"
+        )
+    return replace(made, weights=origin.path, origin=origin)
 
 
-def prepare(config: RunConfig) -> Parts:
+def prepare(config: RunConfig, directory: Path | None = None) -> Parts:
     """Build the data, the model, the optimizer and the pacer of a config; every user error is found here.
 
+    Args:
+        directory: as for `ingredients`.
+
     Raises:
-        ConfigError, MatchError, DataError: one line each.
+        ConfigError, MatchError, DataError, CheckpointError: one line each.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    data, curve, blueprint, device = ingredients(config)
+    data, curve, blueprint, device = ingredients(config, directory)
+    origin = blueprint.origin
+    begin = None if origin is None else beginning_of(config, origin, curve)
     model = build(blueprint, seed=config.run.seed)
     plan = parametrized(config, blueprint, model)  # before it moves: its statistics are the same on every device
     model = model.to(device)
     model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and says so where it cannot
-    table, optimizers = optimizers_of(config, model, plan)
+    table, optimizers = optimizers_of(config, model, plan, begin, curve)
     pacer = Pacer(optimizers, curve, fields=config.schedule.fields, plan=plan, on_mismatch=config.run.on_mismatch)
     return Parts(
         config=config,
@@ -164,20 +204,26 @@ def prepare(config: RunConfig) -> Parts:
         pacer=pacer,
         device=device,
         plan=plan,
+        origin=origin,
+        begin=begin,
+        lineage={} if origin is None or begin is None else lineage_of(config, origin, begin),
     )
 
 
 def optimizers_of(
-    config: RunConfig, model: Any, plan: Plan | None = None
+    config: RunConfig, model: Any, plan: Plan | None = None, begin: Beginning | None = None, curve: Curve | None = None
 ) -> tuple[ParamTable, list[torch.optim.Optimizer]]:
     """The parameter table and the optimizers of a config; frozen tensors stop requiring gradients.
 
     Args:
         plan: by which `model` was scaled; its table and its factors are used then.
+        begin, curve: of a run with a [start] section, whose rates may climb from there.
     """
     o = config.optimizer
     table = param_table(model, config.groups.roles) if plan is None else plan.table
     made = groups_of(config, table, plan)
+    if config.start is not None and begin is not None and curve is not None:
+        made = rewarmed(made, config.start.rewarm, begin.step, curve)
     freeze_parameters(table, rules_of(config.groups))
     options, rest = (
         {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()} for table in (o.options, o.rest)
@@ -267,6 +313,14 @@ def describe(parts: Parts) -> dict[str, Any]:
         "total": str(curve.horizon.total),
         **plan_of(pacer.curve),
     }
+
+
+def clock_of(pacer: Pacer, seconds: float) -> dict[str, Any]:
+    """Where a run stands and what its budget is, for whoever goes on from a checkpoint of it."""
+    clock, h = pacer.clock, pacer.curve.horizon
+    budget = {"unit": h.axis, "length": h.length, "total": str(h.total), "steps": h.steps}
+    done = {"step": clock.step, "tokens": clock.token, "samples": clock.sample}
+    return {**done, "seconds": clock.second if h.axis == "second" else seconds, "budget": budget}
 
 
 def changed_plan(pacer: Pacer) -> dict[str, Any]:

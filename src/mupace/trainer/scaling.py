@@ -1,29 +1,38 @@
-"""The [parametrize] section: a model scaled from its base right after it is built."""
+"""Factors of a run's numbers, tensor by tensor: of a model that is scaled from its base right after it is built (the
+[parametrize] section), or of one that was grown when it was trained already (the [start] section)."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mupace.errors import ConfigError
+from mupace.errors import CheckpointError, ConfigError
+from mupace.params import param_table
+from mupace.trainer.start import Origin, origin_of
 
 if TYPE_CHECKING:
+    from mupace.scales import Scales
     from mupace.scaling import Plan
     from mupace.trainer.config import RunConfig
     from mupace.trainer.model import Blueprint
 
 
 def parametrized(config: RunConfig, blueprint: Blueprint, model: Any) -> Plan | None:
-    """Scale a freshly built model as the config says; None without the section.
+    """Scale a freshly built model as the config says, or take the factors of what the run begins from; None without.
 
     On the meta device nothing is written. A resumed run builds and scales the same model again, and its checkpoint's
     weights then replace all of them: nothing is scaled twice.
 
     Raises:
         ConfigError, MatchError: what cannot be scaled, and weights that were loaded and are not to be kept.
+        CheckpointError: factors of another model, or for another optimizer.
     """
     section = config.parametrize
+    if config.start is not None:
+        return _started(config, blueprint.origin or origin_of(config.start), model)
     if section is None:
         return None
     from mupace.scaling import Duration, parametrize
@@ -48,6 +57,72 @@ def parametrized(config: RunConfig, blueprint: Blueprint, model: Any) -> Plan | 
         roles=config.groups.roles,
         allow=tuple(section.allow),
     )
+
+
+def _started(config: RunConfig, origin: Origin | None, model: Any) -> Plan | None:
+    if origin is None or origin.scales is None:
+        return None
+    o = config.optimizer
+    if origin.optimizer not in (None, o.name):
+        raise ConfigError(
+            f"optimizer.name={o.name!r}: the factors in {origin.path} are for {origin.optimizer!r}; legal is the same"
+        )
+    try:
+        return plan_from_scales(model, origin.scales, o.name, optimizer_options=o.options, roles=config.groups.roles)
+    except CheckpointError as error:
+        raise CheckpointError(f"start.checkpoint={str(origin.path)!r}: {error}") from None
+
+
+def plan_from_scales(
+    model: Any,
+    scales: Mapping[str, Scales],
+    optimizer: str,
+    *,
+    optimizer_options: Mapping[str, Any] | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of a trained model whose factors are known; its weights stay as they are.
+
+    Args:
+        scales: name of a tensor (or of another name of it) to its factors, one for every tensor.
+        optimizer: name in `OPTIMIZERS`, for which they are.
+        optimizer_options: those that the size of its update depends on.
+        roles: selector to role, where the model is not understood.
+
+    Raises:
+        CheckpointError: a tensor without factors, or factors of no tensor.
+    """
+    from mupace.scaling import Plan
+
+    table = param_table(model, roles)
+    first = {alias: row.name for row in table for alias in (row.name, *row.aliases)}
+    foreign = next((name for name in scales if name not in first), None)
+    if foreign is not None:
+        raise CheckpointError(f"scales: the model has no {foreign}")
+    own = {first[name]: factors for name, factors in scales.items()}
+    missing = next((row.name for row in table if row.name not in own), None)
+    if missing is not None:
+        raise CheckpointError(f"scales: {missing} has no factors")
+    return Plan(
+        rules="migrate",
+        optimizer=optimizer,
+        table=table,
+        scales={row.name: own[row.name] for row in table},
+        optimizer_options=dict(optimizer_options or {}),
+        model=weakref.ref(model),
+    )
+
+
+def factors_of(plan: Plan | None) -> dict[str, Any] | None:
+    """What a checkpoint says of the factors: what each tensor's numbers are, relative to those of the config."""
+    if plan is None:
+        return None
+    return {
+        "rules": plan.rules,
+        "optimizer": plan.optimizer,
+        "explicit": [[m.name, m.where, m.value] for m in plan.explicit],
+        "tensors": {name: asdict(factors * plan.duration.scales) for name, factors in plan.scales.items()},
+    }
 
 
 def base_of(base: Mapping[str, Any] | str) -> Any:

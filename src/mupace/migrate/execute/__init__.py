@@ -1,0 +1,5 @@
+"""Writing the target of a migration: out of core, whole or not at all, resumable, the same bits whatever the threads."""
+
+from mupace.migrate.execute.run import execute
+
+__all__ = ["execute"]

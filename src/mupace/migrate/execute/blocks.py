@@ -1,0 +1,144 @@
+"""How much memory a block of rows takes, and the blocks of a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mupace.errors import ConfigError
+from mupace.migrate.arithmetic import CHUNK, Transform
+from mupace.migrate.execute.layout import File, Known, Made, Taken, length, nbytes
+from mupace.migrate.index.model import DTYPES, Entry
+from mupace.migrate.operation import Operation
+
+BLOCK = 16 << 20
+"""Bytes of memory that a block aims at. Larger ones leave the processor's caches, smaller ones wait for the disk more
+often."""
+RESERVE = 12 << 20
+"""Bytes of `max_memory` that are for everything but blocks: threads, the journal, the allocator's rest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What blocks may take."""
+
+    block: int
+    """Bytes of memory for one block."""
+    threads: int
+
+    @property
+    def window(self) -> int:
+        """Blocks that are in memory at the same time: one for each thread and one that is being hashed."""
+        return self.threads + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Bytes of a file that one thread makes: rows of an operation, or a stretch of a copy."""
+
+    span: Made | Taken
+    offset: int
+    """In the target's file."""
+    length: int
+    start: int
+    """First row of an operation; first byte of a copy."""
+    stop: int
+
+
+def budget(operations: list[Operation], tensors: Mapping[str, Entry], max_memory: int, threads: int) -> Budget:
+    """Memory for each block; fewer threads where the bound asks for it.
+
+    Raises:
+        ConfigError: a row of some tensor does not fit, however few the threads.
+    """
+    if threads < 1:
+        raise ConfigError(f"threads={threads}: legal is a whole number from 1 on")
+    widest = max(operations, key=lambda op: sum(needed(op, tensors)), default=None)
+    least = sum(needed(widest, tensors)) if widest is not None else 0
+    for count in range(threads, 0, -1):
+        found = Budget(block=min(BLOCK, (max_memory - RESERVE) // (count + 1)), threads=count)
+        room = (max_memory - RESERVE) // (count + 1)
+        if room >= max(least, 1 << 16):
+            return Budget(block=max(least, found.block), threads=count)
+    name = f"a row of {widest.target}" if widest is not None and least > 1 << 16 else "any work"
+    legal = RESERVE + 2 * max(least, 1 << 16)
+    raise ConfigError(f"max_memory={max_memory}: {name} does not fit; legal are {legal} bytes or more")
+
+
+def needed(op: Operation, tensors: Mapping[str, Entry]) -> tuple[int, int]:
+    """Bytes of memory: whatever the rows of a block, and for each row of the target (an upper bound)."""
+    wide, item = _inner(op.shape[1:]), DTYPES[op.dtype][1]
+    if op.source is None:
+        return 0, wide * (item + (2 * _work(op.dtype) if op.fill.kind == "normal" else 0))
+    entry = tensors[op.source]
+    if raw(op, tensors):
+        return 0, wide * item
+    transform = Transform(op, _unread, seed=0)
+    narrow, read = _inner(entry.shape[1:]), DTYPES[entry.dtype][1]
+    work = max(_work(entry.dtype), _work(op.dtype)) if transform.counts else 0
+    fixed, rows = 0, len(transform.axes[0].indices) * (_spread_of_copies(transform) if op.noise is not None else 1)
+    source = narrow * (read + work)
+    if op.merge is not None:
+        rank = tensors[op.merge.a].shape[0]
+        fixed += rank * (entry.shape[0] + narrow) * (read + work)
+        source += narrow * 2 * work
+    if transform.means:
+        fixed += 3 * 8 * max(narrow, min(CHUNK, entry.numel))
+        source += narrow * 8
+    late = transform.late or op.noise is not None
+    made = wide * (item + (3 * work if late else item))
+    if op.noise is not None:
+        fixed += 2 * 8 * max(wide, min(CHUNK, wide * op.shape[0]))
+        made += wide * 3 * work
+    if transform.new and op.fill.kind == "normal" and any(new.any() for new in transform.new):
+        made += wide * 2 * _work(op.dtype)
+    return fixed, rows * source + made * (rows if op.noise is not None and op.noise.dim == 0 else 1)
+
+
+def _spread_of_copies(transform: Transform) -> int:
+    """How many rows have to be drawn for one: its copies, when the noise is shared between rows."""
+    noise = transform.op.noise
+    return int(transform.axes[0].copies.max()) if noise is not None and noise.dim == 0 else 1
+
+
+def raw(op: Operation, tensors: Mapping[str, Entry]) -> bool:
+    """Whether the bytes of the target are those of the source."""
+    return op.source is not None and op.copied and tensors[op.source].dtype == op.dtype
+
+
+def blocks(file: File, tensors: Mapping[str, Entry], limit: Budget) -> Iterator[Known | Block]:
+    """The parts of a file in order, of which each is made at once."""
+    offset = 0
+    for span in file.spans:
+        if isinstance(span, Known):
+            yield span
+        elif isinstance(span, Taken):
+            yield from _stretches(span, offset, 0, span.size, 1, limit.block)
+        else:
+            op = span.operation
+            rows, row = (op.shape or (1,))[0], nbytes(op) // max(1, (op.shape or (1,))[0])
+            fixed, each = needed(op, tensors)
+            step = max(1, (limit.block - fixed) // max(1, each))
+            yield from _stretches(span, offset, 0, rows if row else 0, row, step)
+        offset += length(span)
+
+
+def _stretches(span: Made | Taken, offset: int, start: int, stop: int, size: int, step: int) -> Iterator[Block]:
+    for a in range(start, stop, step):
+        b = min(stop, a + step)
+        yield Block(span=span, offset=offset + a * size, length=(b - a) * size, start=a, stop=b)
+
+
+def _inner(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+def _work(dtype: str) -> int:
+    return 8 if dtype == "F64" else 4
+
+
+def _unread(name: str, indices: object) -> np.ndarray:  # type: ignore[type-arg]
+    raise AssertionError("only shapes are asked for")

@@ -1,0 +1,307 @@
+"""`mupace.migrate.plan` and `load`: what the user wrote, resolved into a `Migration`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mupace.errors import CheckpointError, ConfigError, one_of
+from mupace.migrate import script
+from mupace.migrate.disk import View, disk_layout
+from mupace.migrate.index import digest, index
+from mupace.migrate.index.model import Index
+from mupace.migrate.layers import LayerMap, layer_map
+from mupace.migrate.migration import STATES, Migration, check, checked_noise, config_of, manifest_parent
+from mupace.migrate.planner import Choices, Side, moves_of
+from mupace.migrate.companions import config_text, extras, model_class, tokenizer_problem
+from mupace.migrate.target import target_config
+from mupace.optimizers import OPTIMIZERS
+from mupace.structure.fields import own_fields
+
+Views = Mapping[str, View]
+
+
+def plan(
+    source: str | Path,
+    target: Any = None,
+    *,
+    width: float | None = None,
+    depth: float | None = None,
+    depth_by: str = "insert",
+    layers: str | None = None,
+    pairs: Mapping[str, str | None] | None = None,
+    rename: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
+    axes: Mapping[str, Sequence[str]] | None = None,
+    roles: Mapping[str, str] | None = None,
+    noise: float = 0.1,
+    noise_kind: str = "zero_sum",
+    seed: int = 0,
+    state: str = "keep",
+    inserted_state: str = "fresh",
+    optimizer: str | None = None,
+    approximate: bool = False,
+    dtype: str | None = None,
+    shard_bytes: int = 50 * 10**9,
+    model: torch.nn.Module | None = None,
+    inputs: Any = None,
+) -> Migration:
+    """Plan the move of a checkpoint, weights, optimizer state and clock, to a larger or edited model.
+
+    Only headers and configurations are read. Relative to the source's own hyper-parameters every tensor gets, with
+    k_in and k_out the growth of what it contracts and produces,
+
+        W / k_in        m / k_out        v / k_out²        lr / k_in        eps / k_out        weight_decay · k_in
+
+    for AdamW, and what follows from the same table for Adam, SGD, Lion and Muon. The larger model then follows the
+    smaller one's run step by step; noise that adds up to zero over copies breaks their symmetry without changing the
+    function (Du et al. (μpscaling), arXiv 2602.10545, for the table; docs/migrate.md derives it).
+
+    Args:
+        source: a checkpoint: safetensors, torch file, HF folder, HF Trainer folder, torch distributed checkpoint, or
+            one of ours.
+        target: keys of the configuration that change, a configuration, a folder with one, or a module on any device
+            where the source is a plain state dict (`model` is then its model).
+        width, depth: factors instead of keys.
+        depth_by: what additional blocks are: "insert" (identity: the function stays), "stack" or "interleave".
+        layers: which block each block comes from, in text; see `mupace.migrate.layers`.
+        pairs: target's tensor to source's; None: drawn anew.
+        rename: pattern of the source's names to the target's.
+        drop: selectors of source tensors that are left out.
+        axes: selector to the text form of every dimension, where the layout is not understood.
+        roles: selector to role.
+        noise, noise_kind: level, as a share of each row's root mean square, and zero_sum, paired or iid.
+        seed: of noise and of new tensors.
+        state: "keep" (moments rescaled) or "reset".
+        inserted_state: of inserted blocks: "fresh", or "keep" for their donors' moments.
+        optimizer: its name, where the checkpoint does not say.
+        approximate: accept what cannot be exact: another size of heads, widths that are no whole multiples.
+        dtype: of all floating-point weights; None keeps each tensor's.
+        shard_bytes: largest file of weights.
+        model: the source's model, for a plain state dict.
+        inputs: what `model` is called with.
+
+    Raises:
+        ConfigError, MatchError: for what cannot be planned, naming the tensor and what to write.
+        CheckpointError: for a source that cannot be read.
+    """
+    _words(depth_by, state, inserted_state)
+    noted = checked_noise(noise, noise_kind)
+    found = index(source, model=model)
+    name = _optimizer(found, optimizer)
+    sides = _modules(model, target) if model is not None else _configured(found, target, width, depth, approximate)
+    one, two, source_views, views, text, cls = _checked_sides(found, *sides)
+    small, large = (Side.of(side, inputs, roles, None) for side in (one, two))
+    maps = _layer_maps(small, large, depth_by, layers)
+    choices = Choices(
+        optimizer=name, layers=maps, pairs=pairs, rename=rename, drop=drop, axes=axes, depth_by=depth_by,
+        inserted_state=inserted_state,
+    )  # fmt: skip
+    moves, dropped, _ = moves_of(small, large, choices)
+    approximately = [move for move in moves if move.kind == "approximate" and "multiple" in move.why]
+    if approximately and not approximate:
+        raise ConfigError(
+            f"{approximately[0].name}: {approximately[0].why}; legal is a whole multiple, or approximate=True"
+        )
+    migration = Migration(
+        index=found, source_digest=digest(found), model=cls, config=text, changes=_changes(found, text),
+        moves=moves, dropped=dropped, views=views, source_views=source_views, optimizer=name, state=state,
+        noise=noted, seed=seed, dtype=dtype, shard_bytes=shard_bytes,
+        lineage={"parent": manifest_parent(found.path)},
+    )  # fmt: skip
+    check(migration)
+    return migration
+
+
+def load(path: str | Path, *, source: str | Path | None = None, model: torch.nn.Module | None = None,
+         target: torch.nn.Module | None = None) -> Migration:  # fmt: skip
+    """Read a script back, as it was or edited.
+
+    Args:
+        path: of the script.
+        source: where the checkpoint is now; None: where it was.
+        model, target: for plain modules, as for `plan`.
+
+    Raises:
+        ConfigError: for a script that is wrong or does not cover its target.
+        CheckpointError: for a source that is not the one it was made for.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"script {str(path)!r} cannot be read: {error.strerror}") from None
+    head, moves, dropped = script.loaded(text, str(path))
+    needed = ("source", "source_digest", "model", "optimizer", "state", "noise", "noise_level", "seed", "config")
+    missing = next((key for key in needed if key not in head), None)
+    if missing is not None:
+        raise ConfigError(f"{path}: {missing} is missing")
+    found = index(source or head["source"], model=model)
+    if head["config"]:
+        old = config_of(json.dumps(found.config))
+        cls = model_class(old)
+        source_views = _views(found, cls, old)
+        views = disk_layout(cls, config_of(head["config"]))
+    else:
+        if model is None or target is None:
+            raise ConfigError(f"{path}: it is for plain modules; legal is load(path, model=..., target=...)")
+        source_views, views = _plain(model), _plain(target)
+    migration = Migration(
+        index=found, source_digest=head["source_digest"], model=head["model"], config=head["config"],
+        changes=head.get("changes", {}), moves=moves, dropped=dropped, views=views, source_views=source_views,
+        optimizer=head["optimizer"], state=_one(head["state"], "state", STATES),
+        noise=checked_noise(head["noise_level"], head["noise"]), seed=int(head["seed"]), dtype=head.get("dtype"),
+        shard_bytes=int(head.get("shard_bytes", 50 * 10**9)), notes=tuple(head.get("notes", ())),
+        lineage={"parent": manifest_parent(found.path)},
+    )  # fmt: skip
+    check(migration)
+    return migration
+
+
+def _one(given: str, argument: str, legal: Sequence[str]) -> str:
+    if given not in legal:
+        raise one_of(argument, given, legal)
+    return given
+
+
+def _words(depth_by: str, state: str, inserted_state: str) -> None:
+    _one(depth_by, "depth_by", ("insert", "stack", "interleave"))
+    _one(state, "state", STATES)
+    _one(inserted_state, "inserted_state", ("fresh", "keep"))
+
+
+def _optimizer(found: Index, given: str | None) -> str:
+    """The optimizer's name: as the user says, as the run's configuration or its class says, or as its settings show."""
+    if given is not None:
+        return _one(given, "optimizer", tuple(OPTIMIZERS))
+    own = (found.state.get("config") or {}).get("optimizer", {}).get("name")
+    if own in OPTIMIZERS:
+        return str(own)
+    kinds = [_kind(one) for one in found.optimizers]
+    if not kinds:
+        return "adamw"
+    if None in kinds:
+        raise ConfigError(
+            f"optimizer: the checkpoint does not say which it is; legal is optimizer=, one of {', '.join(OPTIMIZERS)}"
+        )
+    return "muon" if "muon" in kinds else str(kinds[0])
+
+
+def _kind(one: Any) -> str | None:
+    """Of one optimizer, by its class's name, else by settings that only one of ours has."""
+    paths = {spec.path.partition(":")[2]: name for name, spec in OPTIMIZERS.items()}
+    if one.kind in paths:
+        return paths[one.kind]
+    settings = one.groups[0].settings if one.groups else {}
+    if "ns_steps" in settings:
+        return "muon"
+    if "dampening" in settings:
+        return "sgd"
+    if "betas" in settings and "eps" in settings:
+        flag = settings.get("decoupled_weight_decay")
+        return None if flag is None else "adamw" if flag else "adam"
+    return None
+
+
+def _modules(model: torch.nn.Module, target: Any) -> tuple[Any, ...]:
+    if not isinstance(target, torch.nn.Module):
+        raise ConfigError(f"target={type(target).__name__}: with model= it is a module, the larger one")
+    return model, target, _plain(model), _plain(target), "", ""
+
+
+def _plain(model: torch.nn.Module) -> dict[str, View]:
+    """Every tensor of a state dict is in the file as it is in memory."""
+    from fractions import Fraction
+
+    whole = (Fraction(0), Fraction(1))
+    found = {}
+    for name, tensor in model.named_parameters():
+        found[name] = View(name=name, select=(whole,) * tensor.ndim)
+    saved = model.state_dict()
+    for name, tensor in model.named_buffers():
+        if name in saved:
+            found[name] = View(name=name, select=(whole,) * tensor.ndim, buffer=True)
+    return found
+
+
+def _configured(found: Index, target: Any, width: Any, depth: Any, approximate: bool) -> tuple[Any, ...]:
+    if found.config is None:
+        raise ConfigError(
+            f"source={str(found.path)!r} has no config.json; legal is plan(source, model=MODEL, target=LARGER_MODEL)"
+        )
+    old = config_of(json.dumps(found.config))
+    cls = model_class(old)
+    new = target_config(old, target, width=width, depth=depth, approximate=approximate)
+    problem = tokenizer_problem(extras(found.path), new)
+    if problem:
+        raise CheckpointError(problem)
+    with torch.device("meta"):
+        one, two = cls(old), cls(new)
+    return one, two, _views(found, cls, old), disk_layout(cls, new), config_text(new), cls.__name__
+
+
+def _views(found: Index, cls: Any, config: Any) -> Views:
+    """The source's tensors as its files have them: as on disk, or as in memory (a saved state dict)."""
+    views = disk_layout(cls, config)
+    held = {*found.weights, *found.ties}
+    if {*views} <= held:
+        return views
+    with torch.device("meta"):
+        plain = _plain(cls(config))
+    return plain if {*plain} <= held else views
+
+
+def _checked_sides(found: Index, *sides: Any) -> tuple[Any, ...]:
+    """Both sides, if the source's files hold what its model has."""
+    one, two, source_views, views, text, cls = sides
+    shapes = {name: tuple(t.shape) for name, t in (*one.named_parameters(remove_duplicate=False), *one.named_buffers())}
+    held = {**{n: found.weights[t] for n, t in found.ties.items()}, **found.weights}
+    for name, view in source_views.items():
+        if name not in held:
+            near = _near(name, held)
+            raise CheckpointError(f"source={str(found.path)!r}: it has no {name}, which its model has{near}")
+        wanted = tuple(view.shape(shapes[view.name]))
+        if tuple(held[name].shape) != wanted:
+            raise CheckpointError(
+                f"source={str(found.path)!r}: {name} is {held[name].shape} there, its model has {wanted}"
+            )
+    foreign = next((n for n in found.weights if n not in source_views and not _tied(n, found, source_views)), None)
+    if foreign is not None:
+        raise CheckpointError(f"source={str(found.path)!r}: its model has no {foreign}{_near(foreign, source_views)}")
+    return one, two, source_views, views, text, cls
+
+
+def _tied(name: str, found: Index, views: Views) -> bool:
+    return any(first == name and other in views for other, first in found.ties.items())
+
+
+def _near(name: str, legal: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(legal), n=3)
+    return f"; the nearest are {', '.join(close)}" if close else ""
+
+
+def _layer_maps(small: Side, large: Side, depth_by: str, layers: str | None) -> dict[str | None, LayerMap] | None:
+    """Per stack, which block each block comes from; None where depths agree and nothing is said."""
+    one, two = small.structure.table.depths, large.structure.table.depths
+    if layers is not None:
+        if len(two) != 1:
+            raise ConfigError(f"layers={layers!r}: the model has {len(two)} stacks of blocks; legal is one")
+        return {stack: LayerMap.parse(layers, one[stack], count) for stack, count in two.items()}
+    if one == two:
+        return None
+    return {stack: layer_map(depth_by, one[stack], count) for stack, count in two.items() if stack in one}
+
+
+def _changes(found: Index, text: str) -> dict[str, str]:
+    if not text:
+        return {}
+    old, new = (own_fields(config_of(one)) for one in (json.dumps(found.config), text))
+    return {key: f"{old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)}
+
+
+__all__ = ["load", "plan"]

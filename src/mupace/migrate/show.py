@@ -1,0 +1,89 @@
+"""A migration as a table, layers folded into one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mupace.migrate import expand
+from mupace.migrate.script import folded, joined
+
+if TYPE_CHECKING:
+    from mupace.migrate.migration import Migration
+    from mupace.migrate.moves import Move
+
+_HEAD = ("tensor", "from", "shape", "axes", "weight", "moments", "lr", "eps", "decay", "clip", "class")
+
+
+def shown(migration: Migration) -> str:
+    """The table, what differs, and what it costs."""
+    rows = [_HEAD, *(_row(group) for group in folded(migration.moves))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*table, "", *_footer(migration)])
+
+
+def _row(group: Sequence[Move]) -> tuple[str, ...]:
+    move = group[0]
+    source = "" if move.source is None else joined([str(m.source) for m in group])
+    name = joined([m.name for m in group])
+    s = move.scales
+    weight, moment = _weight(move), _moment(move)
+    return (
+        name, "same name" if source == name else source or _fill(move), "x".join(map(str, move.shape)),
+        ", ".join(str(axis) for axis in move.axes), weight, moment,
+        *(f"{x:.4g}" for x in (s.lr, s.eps, s.weight_decay, s.clip)),
+        move.kind + (f": {move.why}" if move.why else ""),
+    )  # fmt: skip
+
+
+def _fill(move: Move) -> str:
+    return f"{move.fill.kind} {move.fill.value:g}"
+
+
+def _weight(move: Move) -> str:
+    if move.source is None:
+        return ""
+    k = 1.0
+    for dim in move.contracted:
+        k *= move.axes[dim].target / move.axes[dim].source
+    return f"{move.factor / k:.4g}"
+
+
+def _moment(move: Move) -> str:
+    if move.source is None or move.state == "fresh":
+        return "fresh"
+    k = 1.0
+    for dim in move.produced:
+        k *= move.axes[dim].target / move.axes[dim].source
+    return f"{1 / (move.factor * k):.4g}"
+
+
+def _footer(migration: Migration) -> list[str]:
+    outputs = migration.outputs()
+    written, read = expand.bytes_of(outputs.operations()), migration.index.nbytes
+    free = shutil.disk_usage(
+        migration.index.path if migration.index.path.is_dir() else migration.index.path.parent
+    ).free
+    noisy = sum(op.noise is not None for op in outputs.weights.operations)
+    lines = [f"{key}: {value}" for key, value in migration.changes.items()]
+    lines += [f"not used: {name} ({reason})" for name, reason in migration.dropped.items()]
+    lines.append(", ".join(f"{count} {kind}" for kind, count in migration.kinds.items()) + f"; {_state(migration)}")
+    if noisy:
+        lines.append(f"{migration.noise.kind} noise of {migration.noise.level:g} on {noisy} tensors")
+    lines.append(f"reads {_size(read)}, writes {_size(written)}; free at the source: {_size(free)}")
+    return lines
+
+
+def _state(migration: Migration) -> str:
+    if not migration.index.optimizers:
+        return "no optimizer state in the source"
+    return f"state of {migration.optimizer}: {'rescaled' if migration.state == 'keep' else 'reset'}"
+
+
+def _size(n: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n} B"
