@@ -12,8 +12,8 @@ export HF_HUB_OFFLINE := 1
 demo: $(V)/.run  ## train a small Transformer on real text, kill it, resume it, write the report
 	$(BIN)/mupace demo --out runs/demo
 
-test: $(V)/.dev  ## the default test suite
-	$(BIN)/python -m pytest
+test: $(V)/.dev  ## the default test suite, a file at a time in each of two processes of one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(V)/.dev  ## the slow tests, and those that start several processes
 	$(BIN)/python -m pytest -m "(slow or dist) and not gpu"

@@ -13,6 +13,8 @@ import pytest
 
 from disks import small_file_system
 from mupace.cli import COMMANDS, run
+from mupace.errors import ConfigError
+from mupace.record import read
 from mupace.units import Horizon
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 120
@@ -315,14 +317,30 @@ def without(package: str, *arguments: str, cwd: Path) -> subprocess.CompletedPro
 
 
 NEEDS_HF = [["params", "llama"], ["train", "C", "--out", "new"], ["check", "C"], ["demo", "--out", "new"]]
+ALL_WITHOUT = """
+import contextlib, io, json, sys
+sys.modules["transformers"] = None
+from mupace.cli import main
+found = []
+for arguments in json.loads(sys.argv[1]):
+    code = None
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    found.append([code, said.getvalue()])
+print(json.dumps(found))
+"""
 
 
-@pytest.mark.parametrize("arguments", NEEDS_HF, ids=lambda a: a[0])
-def test_a_base_install_says_what_to_install(arguments: list[str], place: Path) -> None:
-    command = [str(place / "run.toml") if a == "C" else a for a in arguments]
-    done = without("transformers", *command, cwd=place / "work")
-    expected = f"mupace: error: {arguments[0]} needs transformers: pip install 'mupace[hf]'\n"
-    assert (done.returncode, done.stderr) == (2, expected)
+def test_a_base_install_says_what_to_install(place: Path) -> None:
+    """One process for all commands: importing costs more than refusing."""
+    commands = [[str(place / "run.toml") if a == "C" else a for a in arguments] for arguments in NEEDS_HF]
+    command = [sys.executable, "-c", ALL_WITHOUT, json.dumps(commands)]
+    done = subprocess.run(command, cwd=place / "work", capture_output=True, text=True, timeout=110, check=True)
+    needs = "mupace: error: {} needs transformers: pip install 'mupace[hf]'\n"
+    assert json.loads(done.stdout) == [[2, needs.format(arguments[0])] for arguments in NEEDS_HF]
     assert not list((place / "work").iterdir()), "nothing is written"
 
 
@@ -352,21 +370,42 @@ def demo(place: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tu
     return call(capsys, "demo", "--text", str(place / "text.txt"), *quick, *arguments)
 
 
-def test_a_demo_in_epochs_replaces_a_demo_and_nothing_else(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    epochs = ["--set", "schedule.total=1 epochs", "--set", "batch.micro=4", "--no-kill", "--no-tune"]
-    code, out, err = demo(place, capsys, "--out", ".", *epochs)
+EPOCHS = ["--set", "schedule.total=1 epochs", "--set", "batch.micro=4", "--no-kill", "--no-tune"]
+
+
+def test_a_demo_replaces_a_demo_and_nothing_else(place: Path) -> None:
+    from mupace.cli.demo import _fresh
+
+    folders = ["step-00099999", ".tmp-step-00000001-77", "proxy", "grown", ".grown.0123456789abcdef.part", "sweep"]
+    made = ["demo.toml", "proxy.toml", "grown.toml", ".grown.toml.x1", "record.rank0.jsonl", "report.html"]
+    for name in folders:
+        (Path("old") / name / "inside").mkdir(parents=True)
+    for name in made:
+        (Path("old") / name).write_text("old")
+    source = Path("new.toml")
+    source.write_text("new")
+    assert _fresh(Path("old"), source).read_text() == "new"
+    assert [p.name for p in Path("old").iterdir()] == ["demo.toml"]
+    for name in ("grown.bak", "proxy2", "grown.toml.bak"):
+        (Path("old") / name).mkdir()
+        with pytest.raises(ConfigError, match=f"holds something else than a demo .'{name}'"):
+            _fresh(Path("old"), source)
+        (Path("old") / name).rmdir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_demo_in_epochs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = demo(place, capsys, "--out", ".", *EPOCHS)
     assert code == 0, out + err
     assert "killed" not in out
     assert "the kill" not in out
     steps = json.loads(Path("record.rank0.jsonl").read_text().splitlines()[0])["steps"]
     assert steps > 2
-    Path("step-00099999").mkdir()
-    Path(".tmp-step-00000001-77").mkdir()
-    code, out, err = demo(place, capsys, "--out", ".", *epochs)
-    assert code == 0, out + err
-    assert not Path("step-00099999").exists()
-    made = {"demo.toml", "record.rank0.jsonl", "report.html", *(p.name for p in Path().glob("step-*"))}
-    assert {p.name for p in Path().iterdir()} == made
+    folders = {"proxy", "grown", *(p.name for p in Path().glob("step-*"))}
+    assert {p.name for p in Path().iterdir()} == {
+        *folders, "demo.toml", "proxy.toml", "grown.toml", "record.rank0.jsonl", "report.html"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "steps", "step-one", "record.txt", ".git", "demo.toml.bak"])
@@ -389,16 +428,24 @@ def test_a_run_of_ones_own_is_not_a_demo(place: Path, capsys: pytest.CaptureFixt
     assert Path("record.rank0.jsonl").read_text() == "mine"
 
 
+@pytest.mark.slow
+def test_the_demo_says_that_the_process_ended_before_it_could_be_killed(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mupace.cli.demo import _train_and_kill
+
+    assert _train_and_kill(place / "run.toml", Path("a"), [], Horizon(total="1000 steps")) == 0
+    out = capfd.readouterr().out
+    assert "ended by itself at update 8, before it could be killed" in out
+    assert "kill -9" not in out
+
+
 def test_the_demo_says_what_became_of_the_process_it_meant_to_kill(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from mupace.cli.demo import _train_and_kill
 
     never, soon = Horizon(total="1000 steps"), Horizon(total="2 steps")
-    assert _train_and_kill(place / "run.toml", Path("a"), [], never) == 0
-    out = capfd.readouterr().out
-    assert "ended by itself at update 8, before it could be killed" in out
-    assert "kill -9" not in out
     assert _train_and_kill(place / "run.toml", Path("b"), ["schedule.total=2000 steps"], soon) == 0
     assert "kill -9 of process" in capfd.readouterr().out
     assert _train_and_kill(place / "none.toml", Path("c"), [], never) == 2
@@ -409,6 +456,7 @@ def test_the_demo_says_what_became_of_the_process_it_meant_to_kill(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_demo_kills_itself_and_finishes(place: Path) -> None:
     quick = [
         "schedule.total=40 steps", "eval.every=20 steps", "checkpoint.every=8 steps", f"data.cache={place / 'cache'}",
@@ -422,6 +470,13 @@ def test_demo_kills_itself_and_finishes(place: Path) -> None:
     assert lr is not None
     rows = [json.loads(line) for line in (place / "runs/demo/sweep/trials.jsonl").read_text().splitlines()]
     assert float(lr[1]) == min((r for r in rows if r["type"] == "trial"), key=lambda r: r["loss"])["lr"]
+    assert "tiny twin with adamw in float64: passed" in done.stdout
+    assert json.loads((place / "runs/demo/grown/migration.json").read_text())["gates"]["twin"]["passed"]
+    run, proxy = read(place / "runs/demo"), read(place / "runs/demo/proxy")
+    assert (proxy.updates["step"][-1], run.updates["step"][0], run.updates["step"][-1]) == (20, 21, 40)
+    (grown,), before = run.of_type("start"), proxy.evals[-1]["loss"]
+    assert grown["loss"] == pytest.approx(before, abs=1e-5)
+    assert grown["source"] == {"path": run.header["start"]["source"]["path"], "step": 20, "loss": before}
     assert "kill -9 of process" in done.stdout
     assert "resumed at update" in done.stdout
     assert (place / "runs/demo/report.html").exists()

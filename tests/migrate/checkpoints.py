@@ -15,7 +15,7 @@ from torch import nn
 def net(seed: int = 0, *, tied: bool = False) -> nn.Sequential:
     """Two square layers of equal shape, one wide one, a norm."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 10))
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 9))
     if tied:
         model[1].weight = model[0].weight
     return model
@@ -40,6 +40,28 @@ def llama(**changes: Any) -> Any:
         "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 32, **changes,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**fields))
+
+
+def run_folder(root: Path, *, steps: int = 40, every: int = 20) -> Path:
+    """`checkpoint-N` as the Trainer lays it out, from a loop of our own; 8 times faster than the Trainer to import."""
+    model = llama()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    data = _Text(model.config.vocab_size)
+    for step in range(1, steps + 1):
+        batch = data.rows[4 * step % 64 :][:4]
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        if step % every == 0:
+            folder = root / f"checkpoint-{step}"
+            model.save_pretrained(folder)
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            state = {"global_step": step, "max_steps": steps, "num_input_tokens_seen": 0}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+    return root / f"checkpoint-{steps}"
 
 
 class _Text(torch.utils.data.Dataset[Any]):

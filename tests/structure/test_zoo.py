@@ -7,6 +7,7 @@ import torch
 
 from mupace.params import AXES, ROLES
 from mupace.structure import read
+from mupace.structure.kept import forget
 from structure.zoo import PAGE, VISION, ZOO, page, read_family, tied
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning")
@@ -26,6 +27,9 @@ MULTIPLIED = {
 
 BUFFERED = ("bart", "marian", "pegasus")
 """A buffer is added to their logits, and on the meta device nobody knows that it is 0."""
+
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(params=ZOO)
@@ -140,7 +144,7 @@ def test_graph_and_names_agree(family: str) -> None:
     assert [row for row in read_family(family)[1].table if "against" in row.evidence] == []
 
 
-def test_meta_is_read_alike(family: str) -> None:
+def read_on_meta(family: str) -> None:
     live = read_family(family)[1]
     with torch.device("meta"):
         model = ZOO[family].build()
@@ -148,6 +152,18 @@ def test_meta_is_read_alike(family: str) -> None:
     assert bare.table.rows == live.table.rows
     assert (bare.branches, bare.queries, bare.constants) == (live.branches, live.queries, live.constants)
     assert bare.logits == (() if family in BUFFERED else live.logits)
+
+
+def test_meta_is_read_alike(family: str) -> None:
+    read_on_meta(family)
+
+
+@pytest.mark.parametrize("name", [f if f in ("llama", "bart", "mamba") else pytest.param(f, marks=SLOW) for f in ZOO])
+def test_meta_is_traced_alike(name: str) -> None:
+    """With a trace of its own, not the one that is kept of the live model."""
+    read_family(name)
+    forget()
+    read_on_meta(name)
 
 
 def test_the_page_lists_the_zoo() -> None:

@@ -277,6 +277,7 @@ def test_the_comparison_sees_a_difference(driven: tuple[Path, dict[str, Any]]) -
         same_tensors(path, folder / "changed.pt")
 
 
+@pytest.mark.slow
 def test_a_real_command_killed_and_started_again(tmp_path: Path) -> None:
     """The same through `python -m mupace train`, whose processes share nothing."""
     (tmp_path / "text.txt").write_text(SOURCE)

@@ -198,6 +198,7 @@ train(RunConfig.parse(json.loads(sys.argv[1])), "killed", progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_bit() -> None:
     c = scaled(8, checkpoint__every="2 steps", run__threads=1)
     run(c, "whole")

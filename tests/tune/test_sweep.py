@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,9 +81,21 @@ def run(file: Path) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """A sweep that nothing disturbed."""
-    return sweep(run, lrs=LRS, sizes=[Size(width=2)], seeds=(0, 1), out=tmp_path_factory.mktemp("whole"))
+def made(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
+    """A sweep that nothing disturbed, and its directory."""
+    out = tmp_path_factory.mktemp("whole")
+    return sweep(run, lrs=LRS, sizes=[Size(width=2)], seeds=(0, 1), out=out), out
+
+
+@pytest.fixture
+def whole(made: tuple[Sweep, Path]) -> Sweep:
+    return made[0]
+
+
+@pytest.fixture
+def out(made: tuple[Sweep, Path], tmp_path: Path) -> Path:
+    """A copy of that sweep's directory."""
+    return Path(shutil.copytree(made[1], tmp_path / "out"))
 
 
 def same(a: Sweep, b: Sweep) -> bool:
@@ -183,7 +196,26 @@ def test_two_jobs_find_what_one_does(run: RunConfig, whole: Sweep, tmp_path: Pat
     assert not same(whole, sweep(run, lrs=LRS, sizes=[Size(width=2)], seeds=(1, 0), out=tmp_path))  # the control
 
 
-def test_finished_trials_are_never_run_again(run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
+def test_finished_trials_are_never_run_again(run: RunConfig, whole: Sweep, out: Path) -> None:
+    """One of the proxy is gone, and a line is torn: one trial is run, whatever else is asked for."""
+    file = out / "trials.jsonl"
+    said: list[dict[str, Any]] = []
+    lines = file.read_bytes().splitlines(keepends=True)
+    proxy = next(line for line in lines if json.loads(line).get("width") == 1)
+    before = b"".join(line for line in lines if line != proxy)
+    file.write_bytes(before + b'{"type":"trial","id":"')
+    again = sweep(run, lrs=LRS, seeds=(0, 1), out=out, rules="standard", progress=said.append)  # the proxy has no rules
+    assert len(said) == 1
+    assert file.read_bytes().startswith(before)
+    assert np.array_equal(again.losses(), whole.losses())
+    grown = sweep(run, lrs=LRS, sizes=[Size(width=2)], seeds=(0, 1), out=out, progress=said.append)
+    assert len(said) == 1
+    assert len({row["id"] for row in rows(out) if row["type"] == "trial"}) == 12 == len(rows(out)) - 1
+    assert same(whole, grown)
+
+
+@pytest.mark.slow
+def test_a_sweep_grows(run: RunConfig, whole: Sweep, tmp_path: Path) -> None:
     sweep(run, lrs=LRS[:2], seeds=(0,), out=tmp_path)
     before = (tmp_path / "trials.jsonl").read_bytes()
     said: list[dict[str, Any]] = []
@@ -242,8 +274,12 @@ def test_a_run_that_diverges_is_a_result(run: RunConfig, tmp_path: Path) -> None
     assert json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_every_rate_diverges(run: RunConfig, tmp_path: Path) -> None:
-    found = sweep(run, lrs=(1e30,), seeds=(0,), out=tmp_path)
+def test_every_rate_diverges(run: RunConfig, out: Path) -> None:
+    """As the results say: the losses of another sweep's, made infinite."""
+    lost = [json.dumps({**row, "loss": None} if row["type"] == "trial" else row) + "\n" for row in rows(out)]
+    (out / "trials.jsonl").write_text("".join(lost))
+    found = sweep(run, lrs=LRS, seeds=(0,), out=out)
+    assert np.isinf(found.losses()).all()
     with pytest.raises(ConfigError, match="every rate diverged"):
         _ = found.lr
 
@@ -256,13 +292,12 @@ def test_the_training_loss_may_be_the_objective(run: RunConfig, tmp_path: Path) 
     assert found.losses().tolist() == [[result.loss]]  # the last tenth of eight updates is the last one
 
 
-def test_a_directory_of_another_run_is_refused(run: RunConfig, tmp_path: Path) -> None:
-    sweep(run, lrs=LRS[:1], seeds=(0,), out=tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+def test_a_directory_of_another_run_is_refused(run: RunConfig, out: Path) -> None:
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(StateError, match=r'schedule.total="8 steps" there, "9 steps" here'):
-        sweep(run.replace({"schedule.total": "9 steps"}), lrs=LRS[:1], seeds=(0,), out=tmp_path)
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    sweep(run.replace({"optimizer.lr": 0.5, "run.seed": 3}), lrs=LRS[:1], seeds=(0,), out=tmp_path)  # swept anyway
+        sweep(run.replace({"schedule.total": "9 steps"}), lrs=LRS[:1], seeds=(0,), out=out)
+    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    sweep(run.replace({"optimizer.lr": 0.5, "run.seed": 3}), lrs=LRS[:1], seeds=(0,), out=out)  # swept anyway
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""`mupace demo`: the main job from end to end, a learning rate from a proxy and a real `kill -9` on the way."""
+"""`mupace demo`: the main job from end to end, with a real `kill -9` on the way.
+
+A small model gives the learning rate and trains the first half of the run; grown into a large one, it trains the rest.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,23 @@ from mupace.files import write_whole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mupace.cli.progress import Progress
+    from mupace.migrate import Migration
+    from mupace.record import Run
     from mupace.trainer.config import RunConfig
     from mupace.trainer.loop import Result
     from mupace.units import Horizon
 
-KILL_AFTER = 0.4  # of the run
+GROW_AT = "50%"  # of the run
+KILL_AFTER = 0.7  # of the run
 RATES = "2^-9..2^-5"  # tried on the proxy
 SOURCE = "demo.toml"
+PROXY, GROWN = "proxy", "grown"  # directories, and run files beside them
 RECORD = "record.rank0.jsonl"
 # What a demo leaves in its directory, and what a killed process may leave there half written.
 MADE = re.compile(
     r"demo\.toml|record\.rank\d+\.jsonl|step-\d+|report\.html|tensorboard|sweep|sweep\.png"
-    r"|\.(tmp|old)-step-.*|\.report\.html\..*"
+    r"|(proxy|grown)(\.toml)?|\.grown\.\w+\.part|\.(tmp|old)-step-.*|\.(report\.html|(demo|proxy|grown)\.toml)\..*"
 )
 
 
@@ -47,7 +55,7 @@ def demo(
     tune: Annotated[bool, Parameter(negative="--no-tune")] = True,
     kill: Annotated[bool, Parameter(negative="--no-kill")] = True,
 ) -> int:
-    """Tune a learning rate on a small Transformer, train a larger one with it, kill it, resume it, write the report.
+    """Tune and train a small Transformer, grow it, train on, kill that, resume it, write the report.
 
     Parameters
     ----------
@@ -67,6 +75,7 @@ def demo(
     from mupace.report import report
     from mupace.trainer.loop import train
     from mupace.trainer.parts import ingredients
+    from mupace.tune.runfile import toml
 
     changes = [*(set_ or []), *([f"data.text={json.dumps(text)}"] if text else [])]
     source = Path(str(files("mupace.cli") / SOURCE))
@@ -84,8 +93,16 @@ def demo(
     if tune and not any(change.replace(" ", "").startswith("optimizer.lr=") for change in changes):
         settings = _tuned(settings, config)
         changes = [*changes, f"optimizer.lr={settings.optimizer.lr!r}"]
-    print("\n4. The run, of the target:\n", flush=True)
-    if kill and (code := _train_and_kill(config, out, changes, curve.horizon)):
+    with shown(quiet=False) as progress:
+        proxy = _proxy_trained(settings, out, progress)
+    if proxy is None:
+        return 130
+    if not _grown(settings, proxy, out / GROWN):
+        return 1
+    settings = _continued(settings, out / GROWN)
+    write_whole(out / f"{GROWN}.toml", toml(settings.to_dict()), "run file")
+    print(f"\n6. The target, the rest of the run (mupace train {out / GROWN}.toml):\n", flush=True)
+    if kill and (code := _train_and_kill(out / f"{GROWN}.toml", out, [], curve.horizon)):
         return code
     with shown(quiet=False) as progress:
         result = train(settings, out, progress=progress)
@@ -117,6 +134,72 @@ def _tuned(settings: RunConfig, config: Path) -> RunConfig:
     text = config.read_text(encoding="utf-8")
     write_whole(config, with_lr(text, load_config(config, ()), found.lr), "run file")
     return settings.replace({"optimizer.lr": found.lr})
+
+
+def _proxy_trained(settings: RunConfig, out: Path, progress: Progress) -> Path | None:
+    """The checkpoint of the proxy half way through the run; None where a signal stopped it."""
+    from mupace.trainer.checkpoint import name_of
+    from mupace.trainer.loop import Trainer, prepare
+    from mupace.trainer.parts import intervals
+    from mupace.tune import sizes
+    from mupace.tune.runfile import toml
+
+    quiet = {"eval.every": GROW_AT, "eval.sample_tokens": 0, "checkpoint.every": "off", "run.tensorboard": False}
+    config = sizes.at_size(sizes.family(settings)[0], sizes.PROXY, sizes.STANDARD).replace(quiet)
+    write_whole(out / f"{PROXY}.toml", toml(config.to_dict()), "run file")
+    print(f"\n\n4. The proxy, the first {GROW_AT} of the run (mupace train {out / PROXY}.toml):\n", flush=True)
+    parts = prepare(config)
+    half = intervals(config, parts.pacer.curve.horizon)[0]
+
+    def watch(row: dict[str, Any]) -> None:
+        if "step" in row and half.due(row["step"], 0.0, trainer.seconds):
+            trainer.stop = "half way"
+        progress(row)
+
+    trainer = Trainer(parts, out / PROXY, watch)
+    result = trainer.run()
+    return result.directory / name_of(result.steps) if result.reason in ("half way", "finished") else None
+
+
+def _grown(settings: RunConfig, source: Path, out: Path) -> bool:
+    """Move the proxy's checkpoint into the target, and verify the rules by which that was done."""
+    from mupace import migrate
+    from mupace.gate.twin import twin_gate
+    from mupace.migrate.manifest import add_gate
+    from mupace.trainer.parts import ingredients
+
+    print(f"\n5. Growth (mupace migrate plan, apply, verify): {source} -> {out}\n", flush=True)
+    plan = migrate.plan(source, ingredients(settings).blueprint.config)
+    print(_told(plan), flush=True)
+    plan.execute(out)
+    small, large = (_config_of(place) for place in (source, out))
+    gate = twin_gate(small, large, optimizer=settings.optimizer.name, noise=plan.noise.level)
+    add_gate(out, "twin", gate.to_dict())
+    print(f"\n{gate}", flush=True)
+    return gate.passed
+
+
+def _told(plan: Migration) -> str:
+    """What changes, and what becomes of the tensors."""
+    changed = "\n".join(f"   {key}: {change}" for key, change in plan.changes.items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kinds.items())
+    return f"{changed}\n   tensors: {kinds}; {plan.noise.level:g} of {plan.noise.kind} noise tells the copies apart"
+
+
+def _config_of(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _continued(settings: RunConfig, grown: Path) -> RunConfig:
+    """The run from where the proxy stood: the model and the factors of its rates come with the directory."""
+    values = settings.to_dict()
+    del values["parametrize"]
+    values["model"] = {key: value for key, value in values["model"].items() if key not in ("name", "config")}
+    timed = settings.curve(1).horizon.steps is None
+    start = {"checkpoint": str(grown), "position": "zero" if timed else "fraction"}
+    return type(settings).parse({"start": start, **values})
 
 
 def _refuse_others(out: Path) -> None:
@@ -178,19 +261,26 @@ def _explain(result: Result, page: Path, config: Path) -> None:
     from mupace.record import read
     from mupace.report.plan import traces
 
-    run = read(result.directory)
+    run, proxy = read(result.directory), read(result.directory / PROXY)
     losses = run.updates["loss"]
     taken = np.stack(list(run.lr.values()))
     worst = max(t.deviation or 0.0 for t in traces(run))
     at = [row["step"] for row in run.of_type("resume")]
     resumed = f"; killed, and resumed at update {at[-1]}" if at else ""
     bits, tokens = result.bits_per_byte or float("nan"), int(run.updates["token"][-1])
+    begun = run.of_type("start")[-1]
+    before, first = begun.get("source", {}).get("loss", float("nan")), proxy.updates["loss"][0]
+    small = (
+        f"{len(proxy.updates['loss'])} updates of the proxy ({_parameters(proxy)}), {proxy.updates['second'][-1]:.0f} s"
+    )
     print(
         f"""
-5. What happened
+7. What happened
 
-   {result.steps} updates on {tokens:,} tokens, {result.seconds:.0f} s of training{resumed}.
-   loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.
+   {small}; then {len(losses)} of the target
+   ({_parameters(run)}), {result.seconds:.0f} s{resumed}. {tokens:,} tokens in all.
+   At the moment of growth the validation loss was {before:.6f}, and after it {begun["loss"]:.6f}.
+   loss {first:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.
    validation: {bits:.3f} bits per byte on text the model has not seen (8 is a uniform guess; zlib needs about 2).
    learning rate: {taken.max():.4g} at the peak, {taken[:, -1].max():.2g} in the last update. The rates taken differ
    from the plan by at most {worst:.1g} of the peak{", the kill and the resume included" if at else ""}.
@@ -198,6 +288,11 @@ def _explain(result: Result, page: Path, config: Path) -> None:
    report:     {page}
    record:     {result.directory / RECORD}   (one JSON object a line)
    checkpoint: {result.directory / f"step-{result.steps:08d}"}   (AutoModelForCausalLM.from_pretrained loads it)
-   next:       mupace train {config} --out runs/mine --set "schedule.text=warmup 5% | cosine -> 0.1"
+   grown from: {result.directory / PROXY}, by {result.directory / GROWN / "migration.toml"}
+   next:       mupace train {config} --out runs/scratch   (the same run from random weights, to compare)
 """
     )
+
+
+def _parameters(run: Run) -> str:
+    return f"{run.header['parameters']:,} parameters"

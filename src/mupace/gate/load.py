@@ -35,6 +35,7 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None) -> An
                 use_safetensors=True,
                 output_loading_info=True,
                 attn_implementation="eager",
+                experts_implementation="eager",
             )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]

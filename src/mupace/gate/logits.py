@@ -7,6 +7,7 @@ is what was written, and not the rounding of a half-precision forward pass.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,7 +164,7 @@ def logits_gate(
     pairing = Pairing.of(moves or ())
     with Float64(), torch.no_grad():
         found = distances(*(_logits(model, ids) for model in (one, other)))
-        rows = departures(one, other, {"input_ids": ids[:1, :PROBE], "use_cache": False}, pairing)
+        rows = departures(one, other, _inputs(one, ids[:1, :PROBE]), pairing)
     return LogitsGate(
         verdicts=judged(found, bounds, first(rows, bounds.module), preserving=preserving),
         distances=found,
@@ -231,7 +232,12 @@ def _positions(model: Any) -> int:
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model(input_ids=one, use_cache=False).logits for one in torch.split(ids, 4)])
+    return torch.cat([model(**_inputs(model, one)).logits for one in torch.split(ids, 4)])
+
+
+def _inputs(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    takes = inspect.signature(model.forward).parameters
+    return {"input_ids": ids, **({"use_cache": False} if "use_cache" in takes else {})}
 
 
 def _binary(move: Move) -> bool:

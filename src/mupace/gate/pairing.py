@@ -26,6 +26,8 @@ class Made(Protocol):
     def axes(self) -> Sequence[AxisMap]: ...
     @property
     def produced(self) -> Sequence[int]: ...
+    @property
+    def why(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,14 @@ class Pairing:
 
 
 def _blocks(row: Made) -> dict[str, str | None]:
-    """Prefixes up to a number: the target's to the source's."""
-    if row.source is None:
-        # A tensor that nothing makes stands in a block that was inserted, if in any.
-        return {row.name[: m.end()]: None for m in list(_NUMBER.finditer(row.name))[:1]}
-    ours, theirs = (list(_NUMBER.finditer(name)) for name in (row.name, row.source))
-    if len(ours) != len(theirs):
+    """Prefixes up to a number: the target's to the source's; None for that of an inserted block."""
+    from mupace.migrate.planner import IDENTITY
+
+    ours = list(_NUMBER.finditer(row.name))
+    if row.why == IDENTITY:
+        return {row.name[: m.end()]: None for m in ours[:1]}
+    theirs = list(_NUMBER.finditer(row.source or ""))
+    if row.source is None or len(ours) != len(theirs):
         return {}
     return {row.name[: a.end()]: row.source[: b.end()] for a, b in zip(ours, theirs, strict=True)}
 

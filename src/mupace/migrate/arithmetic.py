@@ -27,8 +27,8 @@ be overwritten. A tensor of no dimension is one row of shape (1,)."""
 
 CELL = 4096
 """Random numbers are drawn for as many rows at a time as have this many elements together, at least one."""
-CHUNK = 1 << 18
-"""Elements of which a mean over rows takes the sum at a time, at least one row."""
+CHUNK = 1 << 14
+"""Elements that are summed in float64 at a time, at least one row."""
 
 
 def compute(op: Operation, rows: Rows, start: int, stop: int, *, seed: int) -> torch.Tensor:

@@ -73,8 +73,7 @@ def _of_view(
     dtype: str | None,
     usual: str,
 ) -> Operation:
-    kept = [dim for dim, part in enumerate(view.select) if not isinstance(part, int)]
-    order = [*kept[:-2], kept[-1], kept[-2]] if view.transposed else kept
+    order = view.dims
     shape = tuple(_length(move.shape[dim], view.select[dim]) for dim in order)
     common = {"target": name, "shape": shape, "kind": move.kind, "why": move.why, "fill": move.fill}
     if move.source is None:

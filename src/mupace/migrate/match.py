@@ -269,8 +269,10 @@ class Search:
         left = self._open(rows, theirs)
         for value, (row, *more) in ours.items():
             same = others.get(value, [])
-            one = not more and len(same) == 1 and row in left[0] and same[0] in left[1]
-            if one and not incompatible(row, same[0]) and not _both_vague(row, same[0]):
+            if more or len(same) != 1 or row not in left[0] or same[0] not in left[1]:
+                continue
+            doubtful = _both_vague(row, same[0]) or _parallel_head(row, rows) or _parallel_head(same[0], theirs)
+            if not doubtful and not incompatible(row, same[0]):
                 self.add(row, same[0], said.format(role=row.role))
 
     def _key(self, row: Param, side: Side, stack: str | None) -> Key | None:
@@ -398,6 +400,12 @@ def _by_key(rows: Sequence[tuple[Key | None, Param]]) -> dict[Key, list[Param]]:
 def _both_vague(target: Param, source: Param) -> bool:
     """Two matrices of unknown role outside of layers: what is left over there need not belong together."""
     return target.block is None and {target.role, source.role} <= {*_VAGUE}
+
+
+def _parallel_head(row: Param, rows: Sequence[Param]) -> bool:
+    """A head beside a matrix of unknown role that could be one: of several outputs only one is called the head."""
+    others = (r for r in rows if r.role == "linear" and r.place == "output" and r.shape[-1:] == row.shape[-1:])
+    return row.role == "head" and any(others)
 
 
 def _owner(name: str) -> str:

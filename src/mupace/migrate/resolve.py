@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 
 from mupace.errors import CheckpointError, ConfigError, one_of
 from mupace.migrate import script
-from mupace.migrate.disk import View, disk_layout
+from mupace.migrate.companions import config_text, extras, model_class, tokenizer_problem
+from mupace.migrate.disk import WHOLE, View, disk_layout, on_meta, views_of
 from mupace.migrate.index import digest, index
-from mupace.migrate.index.model import Index
+from mupace.migrate.index.model import DTYPES, FLOATS, Index
 from mupace.migrate.layers import LayerMap, layer_map
 from mupace.migrate.migration import STATES, Migration, check, checked_noise, config_of, manifest_parent
 from mupace.migrate.planner import Choices, Side, moves_of
-from mupace.migrate.companions import config_text, extras, model_class, tokenizer_problem
 from mupace.migrate.target import target_config
 from mupace.optimizers import OPTIMIZERS
 from mupace.structure.fields import own_fields
@@ -93,8 +94,12 @@ def plan(
     noted = checked_noise(noise, noise_kind)
     found = index(source, model=model)
     name = _optimizer(found, optimizer)
-    sides = _modules(model, target) if model is not None else _configured(found, target, width, depth, approximate)
-    one, two, source_views, views, text, cls = _checked_sides(found, *sides)
+    sides = (
+        _modules(found, model, target)
+        if model is not None
+        else _configured(found, target, width, depth, approximate, dtype)
+    )
+    one, two, source_views, views, text, cls = sides
     small, large = (Side.of(side, inputs, roles, None) for side in (one, two))
     maps = _layer_maps(small, large, depth_by, layers)
     choices = Choices(
@@ -206,28 +211,29 @@ def _kind(one: Any) -> str | None:
     return None
 
 
-def _modules(model: torch.nn.Module, target: Any) -> tuple[Any, ...]:
+def _modules(found: Index, model: torch.nn.Module, target: Any) -> tuple[Any, ...]:
     if not isinstance(target, torch.nn.Module):
         raise ConfigError(f"target={type(target).__name__}: with model= it is a module, the larger one")
-    return model, target, _plain(model), _plain(target), "", ""
+    views = _plain(model)
+    _refuse_other(found, model, views)
+    return model, target, views, _plain(target), "", ""
 
 
 def _plain(model: torch.nn.Module) -> dict[str, View]:
     """Every tensor of a state dict is in the file as it is in memory."""
-    from fractions import Fraction
-
-    whole = (Fraction(0), Fraction(1))
     found = {}
     for name, tensor in model.named_parameters():
-        found[name] = View(name=name, select=(whole,) * tensor.ndim)
+        found[name] = View(name=name, select=(WHOLE,) * tensor.ndim)
     saved = model.state_dict()
     for name, tensor in model.named_buffers():
         if name in saved:
-            found[name] = View(name=name, select=(whole,) * tensor.ndim, buffer=True)
+            found[name] = View(name=name, select=(WHOLE,) * tensor.ndim, buffer=True)
     return found
 
 
-def _configured(found: Index, target: Any, width: Any, depth: Any, approximate: bool) -> tuple[Any, ...]:
+def _configured(
+    found: Index, target: Any, width: Any, depth: Any, approximate: bool, dtype: str | None
+) -> tuple[Any, ...]:
     if found.config is None:
         raise ConfigError(
             f"source={str(found.path)!r} has no config.json; legal is plan(source, model=MODEL, target=LARGER_MODEL)"
@@ -238,49 +244,54 @@ def _configured(found: Index, target: Any, width: Any, depth: Any, approximate: 
     problem = tokenizer_problem(extras(found.path), new)
     if problem:
         raise CheckpointError(problem)
-    with torch.device("meta"):
-        one, two = cls(old), cls(new)
-    return one, two, _views(found, cls, old), disk_layout(cls, new), config_text(new), cls.__name__
+    text = config_text(new, architecture=cls, dtype=_dtype(found, dtype))
+    one, two = on_meta(cls, old), on_meta(cls, new)
+    return one, two, _views(found, cls, old), disk_layout(cls, new), text, cls.__name__
+
+
+def _dtype(found: Index, given: str | None) -> torch.dtype:
+    """Of the target's weights: what was asked for, else that of most of the source's."""
+    sizes: dict[str, int] = {}
+    for entry in found.weights.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.numel
+    name = given or max((key for key in sizes if key in FLOATS), key=lambda key: sizes[key])
+    if name not in FLOATS:
+        raise one_of("dtype", name, FLOATS)
+    dtype: torch.dtype = getattr(torch, DTYPES[name][0])
+    return dtype
 
 
 def _views(found: Index, cls: Any, config: Any) -> Views:
-    """The source's tensors as its files have them: as on disk, or as in memory (a saved state dict)."""
-    views = disk_layout(cls, config)
-    held = {*found.weights, *found.ties}
-    if {*views} <= held:
-        return views
-    with torch.device("meta"):
-        plain = _plain(cls(config))
-    return plain if {*plain} <= held else views
+    """The source's tensors as its files have them, whichever way they were written.
+
+    Raises:
+        CheckpointError: the files hold other tensors than the model has.
+    """
+    held = {name: tuple(entry.shape) for name, entry in found.weights.items()}
+    held |= {name: held[first] for name, first in found.ties.items()}
+    try:
+        return {name: view for name, view in views_of(held, cls, config).items() if view is not None}
+    except ConfigError as error:
+        raise CheckpointError(f"source={str(found.path)!r}: {error}") from error
 
 
-def _checked_sides(found: Index, *sides: Any) -> tuple[Any, ...]:
-    """Both sides, if the source's files hold what its model has."""
-    one, two, source_views, views, text, cls = sides
-    shapes = {name: tuple(t.shape) for name, t in (*one.named_parameters(remove_duplicate=False), *one.named_buffers())}
+def _refuse_other(found: Index, model: torch.nn.Module, views: Views) -> None:
+    """The files of a plain module must hold what it has."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = {**{n: found.weights[t] for n, t in found.ties.items()}, **found.weights}
-    for name, view in source_views.items():
+    for name in views:
         if name not in held:
-            near = _near(name, held)
-            raise CheckpointError(f"source={str(found.path)!r}: it has no {name}, which its model has{near}")
-        wanted = tuple(view.shape(shapes[view.name]))
-        if tuple(held[name].shape) != wanted:
+            raise CheckpointError(f"source={str(found.path)!r}: it has no {name}, which model has{_near(name, held)}")
+        if tuple(held[name].shape) != shapes[name]:
             raise CheckpointError(
-                f"source={str(found.path)!r}: {name} is {held[name].shape} there, its model has {wanted}"
+                f"source={str(found.path)!r}: {name} is {held[name].shape} there, {shapes[name]} in model"
             )
-    foreign = next((n for n in found.weights if n not in source_views and not _tied(n, found, source_views)), None)
+    foreign = next((name for name in found.weights if name not in shapes), None)
     if foreign is not None:
-        raise CheckpointError(f"source={str(found.path)!r}: its model has no {foreign}{_near(foreign, source_views)}")
-    return one, two, source_views, views, text, cls
-
-
-def _tied(name: str, found: Index, views: Views) -> bool:
-    return any(first == name and other in views for other, first in found.ties.items())
+        raise CheckpointError(f"source={str(found.path)!r}: model has no {foreign}{_near(foreign, shapes)}")
 
 
 def _near(name: str, legal: Any) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, list(legal), n=3)
     return f"; the nearest are {', '.join(close)}" if close else ""
 

@@ -21,13 +21,13 @@ from mupace.params import Param, ParamTable
 Side = Literal["source", "target"]
 Matrix = NDArray[np.float64]
 
-MARGIN = 0.25
+MARGIN = 0.4
 """A pair is taken if the best pairing without it costs this much more."""
 ALONE = 0.9
 """What it costs to leave one target and one source without a counterpart."""
 _IMPOSSIBLE = 1e3
 
-_ORDER, _PLACE, _ROLE, _WEIGHTS = 0.3, 0.5, 0.25, 3.0
+_ORDER, _PLACE, _ROLE, _WEIGHTS = 0.3, 0.5, 0.1, 3.0
 _QUANTILES = 9
 _POWER_STEPS = 20
 _SATURATED = 0.05
@@ -173,8 +173,8 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """Names and weights as a mean (weights count three times), and a sum of the others."""
-        return self.unordered + _ORDER * self.order
+        """A mean of names and weights (these three times), plus the others; order counts where no weights speak."""
+        return self.unordered + (_ORDER * self.order if self.weights is None else 0.0)
 
     def __str__(self) -> str:
         if self.never:
@@ -322,18 +322,20 @@ def clear_pairs(found: Sequence[Sequence[Cost]]) -> dict[int, tuple[int, float]]
     """Row to column and margin, for the rows whose pair is clearly the best.
 
     The pair must be in the cheapest pairing with the order of registration and without it, by `MARGIN` in both: order
-    alone decides nothing, and can take away what names say weakly.
+    alone decides nothing, and can take away what names say weakly. Where both sides have as many, it is all or none:
+    names that explain some of a group and not the others do not explain it.
     """
     if not found or not found[0]:
         return {}
     readings = [np.array([[getattr(c, kind) for c in row] for row in found]) for kind in ("total", "unordered")]
     (first, one), (second, two) = (assignment(cost) for cost in readings)
     margins = [min(pair) for pair in zip(one, two, strict=True)]
-    return {
+    clear = {
         i: (column, margins[i])
         for i, column in enumerate(first)
         if column is not None and column == second[i] and margins[i] > MARGIN
     }
+    return clear if len(found) != len(found[0]) or len(clear) == len(found) else {}
 
 
 def similar_weights(

@@ -10,11 +10,9 @@ from typing import Any
 
 from mupace.errors import ConfigError, MatchError, one_of
 from mupace.migrate.companions import config_text, extras, model_class, read_config, tokenizer_problem
-from mupace.structure.compare import Difference, _differences
+from mupace.structure.compare import Difference, _differences, _head_dim
 from mupace.structure.fields import (
     DEPTH,
-    HEADS,
-    HIDDEN,
     KV_HEADS,
     LAYER_INDICES,
     POSITIONS,
@@ -23,11 +21,10 @@ from mupace.structure.fields import (
     integers,
     is_config,
     last,
+    layers,
     nested,
     own_fields,
     per_layer,
-    scope,
-    write,
 )
 from mupace.structure.resize import resize
 
@@ -108,15 +105,10 @@ def _overridden(source: Any, keys: Mapping[str, Any]) -> Any:
     """The source's configuration with these keys, and with the lists that follow from the numbers of layers."""
     made = copy.deepcopy(source)
     given = dict(_leaves(source, keys, ""))
-    for path, value in _layer_lists(source, given).items():
-        if path not in given:
-            write(made, path, value)
-    for path, value in given.items():
+    for path, value in {**_layer_lists(source, given), **given}.items():
         _set(made, path, value)
-    for prefix, part in configs(made):
-        for name, value in own_fields(part).items():
-            if f"{prefix}{name}" in given and per_layer(_part(source, prefix), name, getattr(_part(source, prefix), name, None)):  # fmt: skip
-                _check_length(f"{prefix}{name}", value, part)
+    for path, value in given.items():
+        _check_length(path, value, _part(source, path), _part(made, path))
     return made
 
 
@@ -138,25 +130,27 @@ def _layer_lists(source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         before = integers(source).get(path)
         if last(path) not in DEPTH or not before or not isinstance(value, int) or value < 1:
             continue
-        inner = _part(source, f"{scope(path)}." if scope(path) else "")
-        deep = resize(inner, depth=Fraction(value, before))
-        for name, entries in own_fields(deep).items():
-            if _listed(inner, name):
-                found[f"{scope(path)}.{name}".lstrip(".")] = entries
+        inner, prefix = _part(source, path), path.removesuffix(last(path))
+        if names := [name for name in own_fields(inner) if _listed(inner, name)]:
+            deep = own_fields(resize(inner, depth=Fraction(value, before)))
+            found |= {f"{prefix}{name}": deep[name] for name in names}
     return found
 
 
 def _listed(config: Any, name: str) -> bool:
     value = own_fields(config).get(name)
-    return per_layer(config, name, value) or name == "attention_types" or (name in LAYER_INDICES and bool(value))
+    listed = name in LAYER_INDICES or name == "attention_types"  # GPT-Neo's short form of attention_layers
+    return per_layer(config, name, value) or (listed and bool(value))
 
 
-def _part(config: Any, prefix: str) -> Any:
+def _part(config: Any, path: str) -> Any:
+    """The configuration, perhaps a nested one, that a field belongs to."""
+    prefix = path.removesuffix(last(path))
     return next(part for at, part in configs(config) if at == prefix)
 
 
 def _set(config: Any, path: str, value: object) -> None:
-    mine = _part(config, f"{scope(path)}." if scope(path) else "")
+    mine = _part(config, path)
     old = getattr(mine, last(path))
     counted = isinstance(old, int) and not isinstance(old, bool) and old > 0
     try:
@@ -168,35 +162,23 @@ def _set(config: Any, path: str, value: object) -> None:
         raise ConfigError(f"target: {path}={value!r}: the source has {old!r}, legal is {legal}") from None
 
 
-def _check_length(path: str, value: Any, config: Any) -> None:
-    from mupace.structure.fields import layers
-
-    if isinstance(value, (list, tuple)) and len(value) not in layers(config):
-        count = " or ".join(map(str, layers(config)))
-        raise ConfigError(f"target: {path} has {len(value)} entries; legal are {count}, one for each layer")
+def _check_length(path: str, value: Any, before: Any, after: Any) -> None:
+    """Refuse a list with one entry for each layer that has another number of them."""
+    name = last(path)
+    if per_layer(before, name, getattr(before, name)) and not per_layer(after, name, value):
+        count = " or ".join(map(str, layers(after)))
+        raise ConfigError(f"target: {path}={value!r}: legal is a list of {count} entries, one for each layer")
 
 
 def _keep_head_size(source: Any, made: Any, keys: Mapping[str, Any]) -> None:
     """Say the source's head size where the target's widths imply another one and the family can be told."""
     given = {path for path, _ in _leaves(source, keys, "")}
-    for (prefix, ours), (_, theirs) in zip(configs(source), configs(made), strict=False):
+    for (prefix, ours), (_, theirs) in zip(configs(source), configs(made), strict=True):
         name = getattr(ours, "attribute_map", {}).get("head_dim", "head_dim")
-        if name not in own_fields(ours) or f"{prefix}{name}" in given or own_fields(ours)[name] is not None:
-            continue
-        sizes = _head_size(ours), _head_size(theirs)
-        if None not in sizes and sizes[0] != sizes[1]:
-            setattr(theirs, name, int(sizes[0]))  # type: ignore[arg-type]
-
-
-def _head_size(config: Any) -> float | None:
-    """As given, or hidden size over heads; None without heads."""
-    fields = own_fields(config)
-    given = fields.get(getattr(config, "attribute_map", {}).get("head_dim", "head_dim"))
-    if isinstance(given, int):
-        return given
-    hidden = next((fields[n] for n in sorted(HIDDEN) if isinstance(fields.get(n), int)), None)
-    heads = next((fields[n] for n in ("num_attention_heads", *sorted(HEADS)) if isinstance(fields.get(n), int)), None)
-    return hidden / heads if hidden and heads else None
+        size = _head_dim(ours)
+        implied = name in own_fields(ours) and own_fields(ours)[name] is None and f"{prefix}{name}" not in given
+        if implied and isinstance(size, int) and _head_dim(theirs) != size:
+            setattr(theirs, name, size)
 
 
 def _validated(config: Any) -> None:
@@ -251,8 +233,7 @@ def _windows(ours: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
 def _remedy(name: str) -> str:
     return {
         "model_type": "a migration stays within one family",
-        "head_dim": "rotary positions turn each pair of a head by an angle of its own, so a head keeps its size; change "
-        "the number of heads instead, or give approximate=True",
+        "head_dim": "a head with rotary positions keeps its size; change the number of heads, or give approximate=True",
         "tie_word_embeddings": "tensors that differ cannot be tied; leave them untied",
         "layer_types": "a migration keeps the kinds of layers; give layers of the same kinds",
     }.get(name, "it changes the function; make it the same")
@@ -266,11 +247,12 @@ def _check_sizes(source: Any, made: Any, allow_smaller: bool, approximate: bool)
         free = name in KV_HEADS and (old % new == 0 or new % old == 0)  # repeats, or means over groups
         if new < old and not allow_smaller and not free:
             raise ConfigError(
-                f"target: {path}={new} is smaller than the source's {old}; legal is {old} or more, or allow_smaller=True"
+                f"target: {path}={new} is smaller than the source's {old}; "
+                f"legal is {old} or more, or allow_smaller=True"
             )
         if name in WIDTH and new > old and new % old and not approximate and not free:
             low = new - new % old
             raise ConfigError(
-                f"target: {path}={new} is no whole multiple of the source's {old}; legal are multiples such as {low} or "
-                f"{low + old}, or approximate=True"
+                f"target: {path}={new} is no whole multiple of the source's {old}; "
+                f"legal are multiples such as {low} or {low + old}, or approximate=True"
             )

@@ -56,6 +56,15 @@ def _scaled(plan: Any) -> str | None:
     return ", ".join([str(plan.get("rules")), *told])
 
 
+def _begun(start: Any) -> str | None:
+    """What a run that did not begin at random weights begins from, and where on its schedule."""
+    if not isinstance(start, dict):
+        return None
+    plan = f", migration {start['plan']}" if start.get("plan") else ""
+    accepted = "".join(f", although it failed the gate {name!r}" for name in start.get("accepted") or ())
+    return f"{start.get('path')}{plan}, at update {start.get('step')}: {start.get('why')}{accepted}"
+
+
 def facts(run: Run) -> Html:
     """What the run is, as a list of terms; what the record does not say is left out."""
     h = run.header
@@ -71,6 +80,7 @@ def facts(run: Run) -> Html:
         ("Precision", _named(lookup(run, "dtype", "precision", "amp"))),
         ("Seed", lookup(run, "seed")),
         ("Scaled from a base", _scaled(h.get("parametrize"))),
+        ("Began from", _begun(h.get("start"))),
         (
             "Rate taken at",
             {"midpoint": "the middle", "start": "the start", "end": "the end"}.get(str(h.get("sample"))),
@@ -165,6 +175,12 @@ def _told(row: Row, peaks: dict[str, float]) -> str:
         return f"plan changed by {row.get('rule', 'hand')}{f': {words}' if words else ''}{reason}"
     if kind == "end":
         return str(row.get("reason", ""))
+    if kind == "start":
+        source = row.get("source")
+        beside = (
+            f", the source's at update {source['step']} is {source['loss']:.6g}" if isinstance(source, dict) else ""
+        )
+        return f"validation loss before the first update {row.get('loss', MISSING):.6g}{beside}"
     if kind == "repaired":
         return f"{row.get('bytes')} bytes of an unfinished row were cut off on opening"
     rest = {k: v for k, v in row.items() if k not in ("type", "seq", "step")}

@@ -1,7 +1,7 @@
 """Where the elements of activations come from: numbers that go through the operators of a traced model.
 
-Everything that a matrix, a table or an attention produces, and every other tensor, gets numbers of its own, one for each
-element. Operators that only move elements (view, transpose, split, expand, cat) are executed on these numbers,
+Everything that a matrix, a table or an attention produces, and every other tensor, gets numbers of its own, one for
+each element. Operators that only move elements (view, transpose, split, expand, cat) are executed on these numbers,
 elementwise ones pass them through; what a matrix contracts and what an attention compares is read off.
 """
 
@@ -17,16 +17,33 @@ from numpy.typing import NDArray
 
 from mupace.structure.attention import Attention
 from mupace.structure.graph import Graph, Node
-from mupace.structure.moves import collapsed, moved, pointwise, spread
-from mupace.structure.operators import CONVOLUTIONS, GROUPED, NORMS, source, weight_of
+from mupace.structure.moves import aliases, collapsed, given, moved, pointwise, spread
+from mupace.structure.operators import NORMS, source, weight_of
+from mupace.structure.sides import depthwise, sides_of
 
 Ids = NDArray[np.int64]
 Places = tuple[str, list[torch.Tensor]]
 """A tensor's name and, for each of its own dimensions, which element stands where in the shape it is used in."""
 
 _CURVED = frozenset(
-    ("silu", "gelu", "relu", "relu6", "leaky_relu", "sigmoid", "tanh", "softplus", "elu", "selu", "celu", "mish", "pow")
-    + ("exp", "erf", "hardswish", "hardsigmoid", "log_sigmoid", "square", "rrelu", "prelu")
+    (
+        *(
+            "silu",
+            "gelu",
+            "relu",
+            "relu6",
+            "leaky_relu",
+            "sigmoid",
+            "tanh",
+            "softplus",
+            "elu",
+            "selu",
+            "celu",
+            "mish",
+            "pow",
+        ),
+        *("exp", "erf", "hardswish", "hardsigmoid", "log_sigmoid", "square", "rrelu", "prelu"),
+    )
 )
 """Operators that are not linear in their first argument: of two factors, the one behind them is the gate."""
 
@@ -58,19 +75,6 @@ class Heads:
     output: Ids | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sides:
-    """A matrix at work: its operand, the axes of the operand that are produced and contracted, and where they stand."""
-
-    x: Any
-    weight: Any
-    bias: Any
-    produced: int
-    contracted: int | None
-    x_axis: int
-    y_axis: int
-
-
 class Flow:
     """The numbers in a graph; `run` goes through it.
 
@@ -95,10 +99,13 @@ class Flow:
         """(number of a tensor's element, number of an activation it is added to or multiplied with)."""
         self.count = 0
         self._starts: list[int] = []
+        found = tuple(found)
         self._scores = {attention.scores: attention for attention in found}
+        self._weighed = {attention.weighted for attention in found}
         self._outputs = {attention.output: attention for attention in found}
         self._heads: dict[Attention, Heads] = {}
         self._values: dict[Node, Any] = {}
+        self._written: dict[Node, torch.Tensor] = {}
         self._curved: set[Node] = set()
         self._number_tensors()
         self.tensors = self.count
@@ -131,7 +138,7 @@ class Flow:
         """Numbers for the tensors that are no matrix and no table."""
         taken = set()
         for node in self.graph.nodes:
-            parts = None if _depthwise(node) else weight_of(self.graph, node)
+            parts = None if depthwise(node) else weight_of(self.graph, node)
             operand = parts[1] if parts is not None else node.args[0] if node.op == "embedding" else None
             if (held := source(self.graph, operand)) is not None:
                 taken.add(held.name)
@@ -146,9 +153,9 @@ class Flow:
     def _step(self, node: Node) -> Any:
         if node in self._outputs or node in self._scores:
             return self._attend(node)
-        if node.op in ("softmax", "_softmax", "_safe_softmax"):
+        if node.args and node.args[0] in self._weighed:
             self._beside_scores(node)
-        if _depthwise(node):
+        if depthwise(node):
             return self._depthwise(node)
         if weight_of(self.graph, node) is not None:
             return self._matrix(node)
@@ -156,14 +163,21 @@ class Flow:
             return self._norm(node)
         if node.op == "embedding":
             return self._table(node)
-        found = moved(node, self.value, self.tensors)
-        if found is not NotImplemented:
+        if node.op == "copy":
+            return self._overwritten(node)
+        if node.op == "index" and (found := self._one_place(node)) is not None:
             return found
-        return self._elementwise(node) if pointwise(node.op) else None
+        try:
+            found = moved(node, self.value, self.tensors)
+            if found is NotImplemented:
+                found = self._elementwise(node) if pointwise(node.op) else None
+        except (RuntimeError, IndexError):  # what is written into a part in place stands for the whole, in its shape
+            found = None
+        return found
 
     def _checked(self, node: Node, value: Any) -> Any:
         """Only numbers of the node's own shape; a complex tensor has them in a last dimension of 2."""
-        if isinstance(value, torch.Tensor) and tuple(value.shape) != node.shape:
+        if node.op != "copy" and isinstance(value, torch.Tensor) and tuple(value.shape) != node.shape:
             value = value if (*(node.shape or ()), 2) == tuple(value.shape) else None
         made = weight_of(self.graph, node) is not None or node in self._outputs
         bent = node.op in _CURVED or any(x in self._curved and self.value(x) is not None for x in node.inputs)
@@ -173,7 +187,7 @@ class Flow:
 
     def _matrix(self, node: Node) -> torch.Tensor | None:
         """What a matrix contracts is read off; what it produces is numbered."""
-        sides = _sides(self.graph, node)
+        sides = sides_of(self.graph, node)
         if sides is None or node.shape is None:
             return None
         places, x = self._places(sides.weight), self.value(sides.x)
@@ -202,7 +216,7 @@ class Flow:
                 self._join(spread(channels, 0, tuple(value.shape)), value, "mul")
         return spread(channels, 1, node.shape)
 
-    def _norm(self, node: Node) -> torch.Tensor | None:
+    def _norm(self, node: Node) -> Any:
         x = self.value(node.args[0])
         if x is None:
             return None
@@ -232,7 +246,7 @@ class Flow:
         tensors: list[Any] = [spread(torch.arange(size), dim, shape) for dim, size in enumerate(shape)]
         for node in reversed(chain[:-1]):
             if node.op != "add":
-                tensors = [moved(node, lambda _, t=tensor: t) for tensor in tensors]
+                tensors = [moved(node, given(tensor)) for tensor in tensors]
         ok = all(isinstance(t, torch.Tensor) and tuple(t.shape) == operand.shape for t in tensors)
         return (found.name, tensors) if ok and tensors else None
 
@@ -259,7 +273,52 @@ class Flow:
             self._join(best.expand(rows.shape), rows, "same")
         return best
 
-    def _elementwise(self, node: Node) -> torch.Tensor | None:
+    def _overwritten(self, node: Node) -> torch.Tensor | None:
+        """The whole tensor after a part of it was written; the node stands for it from here on."""
+        chain = [node.args[0]]
+        while chain[-1].op != "copy" and aliases(chain[-1]):
+            chain.append(chain[-1].args[0])
+        whole, first = self._written.get(chain[-1], self.value(chain[-1])), chain[-1]
+        while first.op == "copy" or aliases(first):
+            first = first.args[0]
+        written = self.value(node.args[1])
+        if first.shape is None or (whole is None and written is None):
+            return None
+        whole = torch.full(first.shape, -1) if whole is None else whole.clone()
+        try:
+            part = whole
+            for step in reversed(chain[:-1]):
+                part = moved(step, given(part))
+            part.copy_(torch.full((), -1) if written is None else written)
+        except (RuntimeError, AttributeError):
+            return None
+        self._written[node] = whole
+        return whole
+
+    def _one_place(self, node: Node) -> torch.Tensor | None:
+        """One place of a dimension, by an index that was lost on the meta device, as Falcon takes its only key head.
+
+        Where as many places are left by all other users as there are such indices, they are taken in order. A place
+        that is another one's would be a key taken for a value: both grow alike.
+        """
+        held, x = node.args[0], self.value(node.args[0])
+        dims = [dim for dim, index in enumerate(node.args[1]) if index is not None]
+        if not isinstance(x, torch.Tensor) or len(dims) != 1 or not _single(node, dims[0]):
+            return None
+        dim, others = dims[0], [user for user in held.users if not _single(user, dims[0])]
+        places = spread(torch.arange(x.shape[dim]), dim, tuple(x.shape))
+        left = set(range(x.shape[dim]))
+        for user in others:
+            taken = moved(user, given(places))
+            if not isinstance(taken, torch.Tensor):
+                return None
+            left -= set(torch.unique(taken).tolist())
+        single = [user for user in held.users if user not in others]
+        if len(left) != len(single):
+            return None
+        return x.select(dim, sorted(left)[single.index(node)]).unsqueeze(dim)
+
+    def _elementwise(self, node: Node) -> Any:
         args = node.args[1:] if node.op == "where" else node.args
         held = [(arg, self.value(arg)) for arg in args]
         held = [(arg, value) for arg, value in held if isinstance(value, torch.Tensor)]
@@ -290,6 +349,8 @@ class Flow:
             only = own[:, column] & ~own[:, 1 - column]
             if only.any():
                 self.shared.append(pairs[only][:, [column, 1 - column]])
+        if own.all(1).any():
+            self.shared += [pairs[own.all(1)], pairs[own.all(1)][:, ::-1]]
         both = pairs[~own.any(1)]
         if len(both):
             self._same(both, op)
@@ -353,13 +414,13 @@ class Flow:
     def _beside_scores(self, node: Node) -> None:
         """What softmax weighs besides q·k goes with the heads, such as sinks."""
         x = self.value(node.args[0])
-        if isinstance(x, torch.Tensor) and x.dim() > 2 and node.args[0].op in ("cat", "concat"):
+        if isinstance(x, torch.Tensor) and x.dim() > 2:
             (x,) = collapsed(x)
             self._join(x.amax((-1, -2), keepdim=True).expand(x.shape), x, "same")
 
     def _heads_of(self, attention: Attention, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Number the heads, distinct rows of q's lead; returns the numbers of their scores by lead."""
-        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+        lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
         rows = [self._of_rows(x.transpose(-1, -2)).expand(*lead, x.shape[-1]).reshape(-1, x.shape[-1]) for x in (q, k)]
         query, key = (x.numpy() for x in rows)
         _, first, which = np.unique(query, axis=0, return_index=True, return_inverse=True)
@@ -371,10 +432,12 @@ class Flow:
         return torch.from_numpy(order[which.reshape(-1)] + start).reshape(lead)
 
     def _of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Without the last dimensions, along which a head's numbers are alike: (lead, size, positions) to (lead, size)."""
+        """(lead, size, positions) to (lead, size): a head's numbers are alike at all positions."""
         return x.max(-1).values
 
-    def _mixed(self, attention: Attention, scores: torch.Tensor, v: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    def _mixed(
+        self, attention: Attention, scores: torch.Tensor, v: torch.Tensor, shape: tuple[int, ...]
+    ) -> torch.Tensor:
         """Number what the heads give; read off the values they take."""
         heads = self._heads[attention]
         count, size = len(heads.query), v.shape[-1]
@@ -400,31 +463,10 @@ def _best(first: torch.Tensor, second: torch.Tensor, tensors: int) -> torch.Tens
     return torch.where(better, b, a).expand(shape)
 
 
-def _depthwise(node: Node) -> bool:
-    if node.op not in CONVOLUTIONS:
+def _single(node: Node, dim: int) -> bool:
+    """Is this `x[..., [i]]` along one dimension, with a constant i?"""
+    if node.op != "index" or len(node.args[1]) <= dim:
         return False
-    groups = node.arg(8 if node.op == "convolution" else 6, "groups", 1)
-    x, weight = node.args[:2]
-    return isinstance(weight, Node) and bool(weight.shape) and groups == x.shape[1] == node.shape[1] and groups > 1
-
-
-def _sides(graph: Graph, node: Node) -> _Sides | None:
-    parts = weight_of(graph, node)
-    if parts is None or node.op in ("bilinear", "einsum"):
-        return None
-    x, weight, bias = parts
-    if node.op == "linear":
-        return _Sides(x=x, weight=weight, bias=bias, produced=-2, contracted=-1, x_axis=-1, y_axis=-1)
-    if node.op in CONVOLUTIONS:
-        transposed = "transpose" in node.op or (node.op == "convolution" and bool(node.args[6]))
-        plain = x.shape[1] == weight.shape[0 if transposed else 1]
-        produced, contracted = (1, 0) if transposed else (0, 1)
-        return _Sides(
-            x=x, weight=weight, bias=bias, produced=produced, contracted=contracted if plain else None, x_axis=1, y_axis=1
-        )
-    operands = node.args[1:3] if node.op in ("addmm", "baddbmm", "addbmm") else node.args[:2]
-    if len(weight.shape) < 2:
-        return None
-    if operands[0] is weight and node.op not in GROUPED:
-        return _Sides(x=x, weight=weight, bias=bias, produced=-2, contracted=-1, x_axis=-2, y_axis=-2)
-    return _Sides(x=x, weight=weight, bias=bias, produced=-1, contracted=-2, x_axis=-1, y_axis=-1)
+    return all((index is None) == (d != dim) for d, index in enumerate(node.args[1])) and (
+        node.args[1][dim].op == "constant" and node.args[1][dim].shape == (1,)
+    )

@@ -1,4 +1,4 @@
-"""Where the elements of every dimension stand: in which head of an attention, at which neuron of a feed-forward layer."""
+"""Where the elements of every dimension stand: in which head of an attention, at which neuron of a layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from math import lcm
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mupace.errors import ConfigError
 from mupace.params.table import total_table
@@ -20,8 +19,9 @@ from mupace.structure.inputs import inputs_for
 from mupace.structure.trace import Inputs, trace
 
 _FIELDS = ("space", "group", "member", "inner", "half")
-_SPACES = ("attention", "stream", "ffn")
+_SPACES = ("attention", "stream", "ffn", "fixed")
 _UNKNOWN, _SHARED = -2, -1
+_FIXED = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,10 +30,10 @@ class Layout:
 
     space: str
     """"attention", "ffn" (between two matrices, with nothing but elementwise operators and norms) or "stream" (what
-    residual branches are added to); joined with "+" where a dimension packs several."""
+    residual branches are added to), "fixed" (not understood); joined with "+" where a dimension packs several."""
     part: Ids
     """Which of the tensors packed into one dimension: 0 q, 1 k, 2 v, 3 a gate on what the heads give; 0 gate, 1 what it
-    gates; 0 in any other dimension."""
+    gates; 0 in any other dimension; 4 what stands beside them and was not understood, which must keep its size."""
     group: Ids
     """Attention: the key-value head, in the order of the heads; -1 where all heads share the element, and elsewhere."""
     member: Ids
@@ -173,10 +173,12 @@ class _Stands:
         """Elements of tensors stand where what they are added to or multiplied with stands."""
         if not self.flow.shared:
             return
-        pairs = np.concatenate(self.flow.shared)
-        pairs = pairs[self.fields["space"][pairs[:, 1]] != _UNKNOWN]
-        self.part[pairs[:, 0]] = self.part[pairs[:, 1]]
-        self._put(pairs[:, 0], {field: self.fields[field][pairs[:, 1]] for field in _FIELDS})
+        every = np.concatenate(self.flow.shared)
+        for _ in range(3):  # a tensor, what is added to it, and its norm
+            pairs = every[self.fields["space"][every[:, 1]] != _UNKNOWN]
+            pairs = pairs[self.fields["space"][pairs[:, 0]] == _UNKNOWN]
+            self.part[pairs[:, 0]] = self.part[pairs[:, 1]]
+            self._put(pairs[:, 0], {field: self.fields[field][pairs[:, 1]] for field in _FIELDS})
 
     def layout(self, sites: list[Site], size: int) -> Layout | None:
         """The layout of one dimension; None where an element of it is not known, or nothing tells them apart."""
@@ -186,12 +188,14 @@ class _Stands:
         parts = np.concatenate([site.ids * 0 if site.contracted else self.part[site.ids] for site in sites])
         known = (ids >= 0) & (self.fields["space"][ids] != _UNKNOWN)
         elements, ids, parts = elements[known], ids[known], parts[known]
-        if len(np.unique(elements)) < size:
+        missing = np.setdiff1d(np.arange(size), elements)
+        if len(missing) == size:
             return None
         found = {field: _agreed(elements, self.fields[field][ids], size) for field in _FIELDS}
         part = _agreed(elements, parts, size)
         plain = _agreed(elements, np.minimum(self.fields["space"][ids], 1), size) == 1
         found["space"] = np.where((found["space"] < 0) & plain, 1, found["space"])
+        found["space"][missing], found["inner"][missing], part[missing] = 3, np.arange(len(missing)), _FIXED
         if (found["space"] < 0).any() or ((found["inner"] < 0) & (found["group"] < 0)).any():
             return None
         spaces = "+".join(_SPACES[i] for i in np.unique(found.pop("space")))
@@ -238,8 +242,8 @@ def grown_indices(source: Layout, target: Layout) -> Ids:
         group_s = group_t // k_g,   member_s = member_t // k_r,   inner_s = inner_t // k_e within a half,
         neuron_s = neuron_t // k_f
 
-    and floor(i · n_s / n_t) in place of i // k where k is no integer. Where groups or their members become fewer (GQA to
-    MHA, MHA to GQA), query heads are taken in order, floor(h · H_s / H_t), and a group of fewer is the mean of the
+    and floor(i · n_s / n_t) in place of i // k where k is no integer. Where groups or their members become fewer (GQA
+    to MHA, MHA to GQA), query heads are taken in order, floor(h · H_s / H_t), and a group of fewer is the mean of the
     groups whose place it takes. A head size that grows is no exact growth: q·k grows by k_e, and the frequencies of a
     rotary embedding would have to be repeated too.
 
@@ -266,17 +270,22 @@ def _words(layout: Layout) -> str:
 
 def _grown_part(source: Layout, target: Layout, part: int) -> Ids:
     s, t = _keys(source, part), _keys(target, part)
+    if part == _FIXED and len(s.at) != len(t.at):
+        raise ConfigError(
+            f"part {part}: the target has {len(t.at)} elements that were not understood; legal is {len(s.at)}"
+        )
     heads = _grown_heads(s, t)
     place = np.empty(len(t.half), np.int64)
     for half in np.unique(t.half):
         here = t.half == half
-        sizes = [int(k.place[k.half == half].max(initial=-1)) + 1 for k in (s, t)]
-        place[here] = _spread(t.place[here], *sizes, f"part {part}")
-    table = {key: i for i, key in zip(s.at, zip(s.group, s.member, s.half, s.place, s.copy, strict=True), strict=True)}
+        have, want = (int(k.place[k.half == half].max(initial=-1)) + 1 for k in (s, t))
+        place[here] = _spread(t.place[here], have, want, f"part {part}")
+    keys = np.stack([s.group, s.member, s.half, s.place, s.copy], 1).tolist()
+    table = {tuple(key): i for i, key in zip(s.at, keys, strict=True)}
     rows = []
     for group, member in heads:
-        wanted = zip(group, member, t.half, place, t.copy, strict=True)
-        rows.append([table.get(tuple(map(int, key)), -1) for key in wanted])
+        wanted = np.stack([group, member, t.half, place, t.copy], 1).tolist()
+        rows.append([table.get(tuple(key), -1) for key in wanted])
     made = np.array(rows, np.int64)
     if (made < 0).any():
         raise ConfigError(f"part {part}: an element of the target has no source; legal are layouts of the same kind")
@@ -287,6 +296,7 @@ def _grown_part(source: Layout, target: Layout, part: int) -> Ids:
 class _Keys:
     """The elements of one part, by coordinates that count from 0 without gaps."""
 
+    part: int
     at: list[int]
     group: Ids
     member: Ids
@@ -310,25 +320,24 @@ def _keys(layout: Layout, part: int) -> _Keys:
     for row in map(tuple, coordinates.tolist()):
         copy.append(seen.get(row, 0))
         seen[row] = copy[-1] + 1
-    return _Keys(
-        at=at.tolist(), group=coordinates[:, 0], member=coordinates[:, 1], half=half, place=place, copy=np.array(copy)
-    )
+    group, member = coordinates[:, 0], coordinates[:, 1]
+    return _Keys(part=part, at=at.tolist(), group=group, member=member, half=half, place=place, copy=np.array(copy))
 
 
 def _grown_heads(s: _Keys, t: _Keys) -> list[tuple[Ids, Ids]]:
     """(group, member) of the source for each target element, once for each source whose mean is taken."""
-    groups, members = ([int(getattr(k, axis).max()) + 1 for k in (s, t)] for axis in ("group", "member"))
-    if groups[0] == 0 or groups[1] == 0:
-        return [(t.group, _spread(t.member, *members, "query heads") if members[0] else t.member)]
-    if groups[1] >= groups[0] and members[1] >= members[0]:
-        return [(_spread(t.group, *groups, "key-value heads"), _spread(t.member, *members, "query heads") if members[0] else t.member)]
-    if members == [1, 1] or members[0] == 0:
-        fine = lcm(*groups)
-        m = fine // groups[1]
-        return [((t.group * m + i) // (fine // groups[0]), t.member) for i in range(m)]
-    heads = [g * r for g, r in zip(groups, members, strict=True)]
-    flat = _spread(t.group * members[1] + t.member, *heads, "query heads")
-    return [(flat // members[0], flat % members[0])]
+    g_s, g_t = (int(keys.group.max()) + 1 for keys in (s, t))
+    r_s, r_t = (int(keys.member.max()) + 1 for keys in (s, t))
+    same = r_s == r_t
+    if g_t >= g_s and r_t >= r_s:
+        group = _spread(t.group, g_s, g_t, "key-value heads") if g_s else t.group
+        return [(group, t.member if same else _spread(t.member, r_s, r_t, "query heads"))]
+    if same and (s.part or r_s == 0):
+        fine = lcm(g_s, g_t)
+        m = fine // g_t
+        return [((t.group * m + i) // (fine // g_s), t.member) for i in range(m)]
+    flat = _spread(t.group * r_t + t.member, g_s * r_s, g_t * r_t, "query heads")
+    return [(flat // r_s, flat % r_s)]
 
 
 def _spread(i: Ids, source: int, target: int, what: str) -> Ids:

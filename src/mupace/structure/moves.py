@@ -14,17 +14,51 @@ Lookup = Callable[[Any], Any]
 """Node to the numbers at it, None where there are none."""
 
 _SAME = frozenset(
-    ("to", "_to_copy", "type_as", "contiguous", "clone", "detach", "detach_copy", "alias", "lift_fresh_copy", "double")
-    + ("float", "dropout", "native_dropout", "feature_dropout", "alpha_dropout", "softmax", "_softmax", "_safe_softmax")
-    + ("log_softmax", "_log_softmax", "cumsum", "view_as_real", "view_as_complex", "bfloat16", "half")
+    (
+        *(
+            "to",
+            "_to_copy",
+            "type_as",
+            "contiguous",
+            "clone",
+            "detach",
+            "detach_copy",
+            "alias",
+            "lift_fresh_copy",
+            "double",
+        ),
+        *(
+            "float",
+            "dropout",
+            "native_dropout",
+            "feature_dropout",
+            "alpha_dropout",
+            "softmax",
+            "_softmax",
+            "_safe_softmax",
+        ),
+        *("log_softmax", "_log_softmax", "cumsum", "view_as_real", "view_as_complex", "bfloat16", "half"),
+    )
 )
 _RESHAPES = frozenset(
     ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "squeeze", "unsqueeze", "_reshape_alias")
 )
 _EXECUTED = frozenset(
-    ("transpose", "permute", "t", "mT", "numpy_T", "movedim", "swapaxes", "swapdims", "select", "slice", "narrow")
-    + ("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "repeat", "repeat_interleave", "flip", "roll")
-    + ("unfold",)
+    (
+        *("transpose", "permute", "t", "mT", "numpy_T", "movedim", "swapaxes", "swapdims", "select", "slice", "narrow"),
+        *(
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unbind",
+            "tensor_split",
+            "repeat",
+            "repeat_interleave",
+            "flip",
+            "roll",
+        ),
+        *("unfold",),
+    )
 )
 _TAKEN = frozenset(("index", "index_select", "gather", "take_along_dim"))
 _REDUCED = frozenset(("sum", "mean", "amax", "amin"))
@@ -93,7 +127,7 @@ def _joined(node: Node, lookup: Lookup) -> torch.Tensor | None:
     return torch.stack(known, dim) if node.op == "stack" else torch.cat(known, dim)
 
 
-def _taken(node: Node, x: torch.Tensor, tensors: int) -> torch.Tensor | None:
+def _taken(node: Node, x: torch.Tensor, tensors: int) -> Any:
     """Elements by an index nobody knows: what is the same along the indexed dimensions."""
     if node.shape is None:
         return None
@@ -118,7 +152,7 @@ def _reduced(node: Node, x: torch.Tensor) -> torch.Tensor | None:
     return constant(x, [d % x.dim() for d in dims]).reshape(node.shape)
 
 
-def _written(node: Node, x: Any, value: Any, tensors: int) -> torch.Tensor | None:
+def _written(node: Node, x: Any, value: Any, tensors: int) -> Any:
     """What was there before if that is known, and else what is written."""
     if x is not None or value is None or node.shape is None:
         return None if x is None else x
@@ -155,6 +189,16 @@ def collapsed(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if all(t.stride(dim) == 0 or t.shape[dim] == 1 for t in tensors):
             tensors = tuple(t.narrow(dim, 0, 1) for t in tensors)
     return tensors
+
+
+def given(tensor: Any) -> Lookup:
+    """The same numbers whatever is asked for."""
+    return lambda _: tensor
+
+
+def aliases(node: Node) -> bool:
+    """Is the node a window on its first argument's elements?"""
+    return node.op in _RESHAPES or node.op in _EXECUTED or node.op in ("getitem", "expand")
 
 
 @cache

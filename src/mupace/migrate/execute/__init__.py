@@ -1,4 +1,4 @@
-"""Writing the target of a migration: out of core, whole or not at all, resumable, the same bits whatever the threads."""
+"""Writing the target of a migration: out of core, whole or not at all, resumable."""
 
 from mupace.migrate.execute.run import execute
 

@@ -90,8 +90,8 @@ class _Standing:
             return torch.empty(leaf.shape, dtype=dtype)
         with self.empty.open("ab") as file:
             file.truncate(max(size, file.tell()))
-        storage = torch.UntypedStorage.from_file(str(self.empty), True, size)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, leaf.shape)
+        storage: Any = torch.UntypedStorage.from_file(str(self.empty), True, size)
+        return torch.empty(0, dtype=dtype).set_(storage).view(leaf.shape)
 
 
 def _parts(file: BinaryIO, leaves: list[Operation | torch.Tensor], size: int) -> Iterator[Hole | Around]:

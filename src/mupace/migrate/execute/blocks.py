@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
 from mupace.errors import ConfigError
 from mupace.migrate.arithmetic import CHUNK, Transform
+from mupace.migrate.axis import Indices
 from mupace.migrate.execute.layout import File, Known, Made, Taken, length, nbytes
 from mupace.migrate.index.model import DTYPES, Entry
 from mupace.migrate.operation import Operation
@@ -19,6 +20,8 @@ BLOCK = 16 << 20
 often."""
 RESERVE = 12 << 20
 """Bytes of `max_memory` that are for everything but blocks: threads, the journal, the allocator's rest."""
+
+_LEAST = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,28 +59,27 @@ def budget(operations: list[Operation], tensors: Mapping[str, Entry], max_memory
     """
     if threads < 1:
         raise ConfigError(f"threads={threads}: legal is a whole number from 1 on")
-    widest = max(operations, key=lambda op: sum(needed(op, tensors)), default=None)
-    least = sum(needed(widest, tensors)) if widest is not None else 0
+    costs = {op.target: sum(needed(op, tensors)) for op in operations}
+    widest = max(costs, key=lambda name: costs[name], default="")
+    least = max(_LEAST, costs.get(widest, 0))
     for count in range(threads, 0, -1):
-        found = Budget(block=min(BLOCK, (max_memory - RESERVE) // (count + 1)), threads=count)
         room = (max_memory - RESERVE) // (count + 1)
-        if room >= max(least, 1 << 16):
-            return Budget(block=max(least, found.block), threads=count)
-    name = f"a row of {widest.target}" if widest is not None and least > 1 << 16 else "any work"
-    legal = RESERVE + 2 * max(least, 1 << 16)
-    raise ConfigError(f"max_memory={max_memory}: {name} does not fit; legal are {legal} bytes or more")
+        if room >= least:
+            return Budget(block=max(least, min(BLOCK, room)), threads=count)
+    what = f"a row of {widest}" if least > _LEAST else "any work"
+    raise ConfigError(f"max_memory={max_memory}: {what} does not fit; legal are {RESERVE + 2 * least} bytes or more")
 
 
 def needed(op: Operation, tensors: Mapping[str, Entry]) -> tuple[int, int]:
     """Bytes of memory: whatever the rows of a block, and for each row of the target (an upper bound)."""
-    wide, item = _inner(op.shape[1:]), DTYPES[op.dtype][1]
+    wide, item = math.prod(op.shape[1:]), DTYPES[op.dtype][1]
     if op.source is None:
         return 0, wide * (item + (2 * _work(op.dtype) if op.fill.kind == "normal" else 0))
     entry = tensors[op.source]
     if raw(op, tensors):
         return 0, wide * item
     transform = Transform(op, _unread, seed=0)
-    narrow, read = _inner(entry.shape[1:]), DTYPES[entry.dtype][1]
+    narrow, read = math.prod(entry.shape[1:]), DTYPES[entry.dtype][1]
     work = max(_work(entry.dtype), _work(op.dtype)) if transform.counts else 0
     fixed, rows = 0, len(transform.axes[0].indices) * (_spread_of_copies(transform) if op.noise is not None else 1)
     source = narrow * (read + work)
@@ -132,13 +134,9 @@ def _stretches(span: Made | Taken, offset: int, start: int, stop: int, size: int
         yield Block(span=span, offset=offset + a * size, length=(b - a) * size, start=a, stop=b)
 
 
-def _inner(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
-
-
 def _work(dtype: str) -> int:
     return 8 if dtype == "F64" else 4
 
 
-def _unread(name: str, indices: object) -> np.ndarray:  # type: ignore[type-arg]
+def _unread(name: str, indices: Indices) -> torch.Tensor:
     raise AssertionError("only shapes are asked for")

@@ -26,10 +26,10 @@ def check(outputs: Outputs, index: Index, tensors: Mapping[str, Entry], out: Pat
         CheckpointError: a file of the source is shorter than its tensors.
     """
     _check_place(out, index)
-    _check_names(outputs)
     operations = outputs.operations()
     for op in operations:
         _check_operation(op, tensors)
+    _check_names(outputs)
     used = {name for op in operations for name in _sources(op)}
     _check_files(tensors[name] for name in sorted(used))
     for copy in outputs.copies:

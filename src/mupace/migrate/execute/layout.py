@@ -78,8 +78,10 @@ def files(outputs: Outputs) -> list[File]:
 
 def names(outputs: Outputs) -> list[str]:
     """The files of a target, the manifest apart."""
-    others = (*outputs.torch_files, *outputs.texts, *outputs.copies)
-    return [*(name for name, _ in _shards(outputs.weights)), *_index_names(outputs.weights), *(o.name for o in others)]
+    found = [*(name for name, _ in _shards(outputs.weights)), *_index_names(outputs.weights)]
+    found += [file.name for file in outputs.torch_files]
+    found += [text.name for text in outputs.texts]
+    return found + [copy.name for copy in outputs.copies]
 
 
 def _weights(weights: Weights) -> Iterator[File]:

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mupace.errors import ConfigError, StateError
@@ -34,7 +33,7 @@ from mupace.migrate.execute.check import check, check_disk, source_files
 from mupace.migrate.execute.identity import digest, versions
 from mupace.migrate.execute.journal import NAME, Journal
 from mupace.migrate.execute.layout import File, Known, Made, Taken, files
-from mupace.migrate.execute.source import Source, entries, read_into, row_bytes
+from mupace.migrate.execute.source import Source, entries, read_into, room, row_bytes
 from mupace.migrate.index.model import Index
 from mupace.migrate.manifest import SCHEMA
 from mupace.migrate.output import MANIFEST, Outputs
@@ -192,7 +191,7 @@ class _Execution:
         """Its bytes, their checksum, and whether they were there already."""
         noted = self.journal.done.get((file.name, block.offset, block.length))
         if noted is not None:
-            data = memoryview(np.empty(block.length, np.uint8))
+            data = room(block.length)
             if os.preadv(handle, [data], block.offset) == block.length and zlib.crc32(data) == noted:
                 return data, noted, True
             del data
@@ -203,19 +202,19 @@ class _Execution:
 
     def _bytes(self, block: Block, transform: Transform | None) -> Any:
         if isinstance(block.span, Taken):
-            data = memoryview(np.empty(block.length, np.uint8))
+            data = room(block.length)
             read_into(block.span.source, block.start, data)
             return data
         op = block.span.operation
         if raw(op, self.source.tensors):
             assert op.source is not None
             entry = self.source.tensors[op.source]
-            data = memoryview(np.empty(block.length, np.uint8))
+            data = room(block.length)
             self.source.into(entry, block.start * row_bytes(entry), data)
             return data
         assert transform is not None
         made = transform.block(block.start, block.stop).contiguous()
-        return memoryview(made.reshape(-1).view(torch.uint8).numpy())
+        return made.reshape(-1).view(torch.uint8).numpy().data
 
     def _report(self, size: int) -> None:
         self.done += size

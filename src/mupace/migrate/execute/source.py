@@ -53,7 +53,7 @@ class Source:
         entry = self.tensors[name]
         size = row_bytes(entry)
         buffer = np.empty(len(indices) * size, np.uint8)
-        view, filled = memoryview(buffer), 0
+        view, filled = buffer.data, 0
         for start, stop in runs(indices):
             length = (stop - start) * size
             self.into(entry, start * size, view[filled : filled + length])
@@ -101,3 +101,8 @@ def read_into(path: Path, offset: int, view: memoryview) -> None:
             os.close(file)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def room(length: int) -> memoryview:
+    """That many bytes of memory."""
+    return np.empty(length, np.uint8).data

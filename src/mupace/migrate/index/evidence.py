@@ -9,7 +9,8 @@ Order. A weight has moved along its own last updates u = -m/√v (-m without v),
 the same shape. With z(P, Q) = √n · corr(movement of P, u of Q) over n elements, means of rows and columns taken away, a
 pair that has been exchanged has z(P, P) + z(Q, Q) < z(P, Q) + z(Q, P). The movement is the difference to an earlier
 checkpoint of the run, where one stands beside this one; it can confirm and contradict. Without one it is the weight
-itself, which can only confirm: what is left of the initial values is noise.
+itself, which can only confirm: what is left of the initial values is noise. Vectors are left out: those of norms move
+alike in all layers, and back again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _RIVALS = 128  # tensors of equal shape that are compared with each other at a t
 
 def fits(tensors: Sequence[Entry], shape: tuple[int, ...]) -> bool:
     """Whether tensors can be the state of a parameter: each of its shape, or of a factored second moment of it."""
-    factored = {shape[:-1], shape[:-2] + shape[-1:]} if len(shape) > 1 else set()
+    rows, columns = shape[:-1], shape[:-2] + shape[-1:]
+    factored = {rows, columns, (*rows, 1), (*shape[:-2], 1, *shape[-1:])} if len(shape) > 1 else set()
     return all(e.shape == shape or e.shape in factored or e.numel == 1 for e in tensors)
 
 
@@ -90,7 +92,7 @@ def order(
     weights: Mapping[str, Entry],
     earlier: tuple[str, Mapping[str, Entry]] | None,
 ) -> list[str]:
-    """Test the order of tensors of equal shape; what was found, for people.
+    """Test the order of matrices of equal shape; what was found, for people.
 
     Raises:
         CheckpointError: the movement since the earlier checkpoint says that two entries are exchanged.
@@ -100,8 +102,9 @@ def order(
         scores = _scores(own, states, weights, earlier)
         swaps = scores.diag()[:, None] + scores.diag()[None] - scores - scores.T
         swaps.fill_diagonal_(math.inf)
-        if earlier is not None and float(swaps.min()) < -CONTRADICTS:
-            p, q = divmod(int(swaps.argmin()), len(own))
+        better = torch.where(torch.maximum(scores, scores.T) > CONTRADICTS, swaps, math.inf)
+        if earlier is not None and float(better.min()) < -CONTRADICTS:
+            p, q = divmod(int(better.argmin()), len(own))
             raise CheckpointError(
                 f"{label}: by the movement of the weights since {earlier[0]} the states of {own[p]} and {own[q]} are "
                 "exchanged: the optimizer was built in another order; save it with model.named_parameters()"
@@ -111,7 +114,7 @@ def order(
     if not total:
         return []
     by = f"the movement since {earlier[0]}" if earlier else "the correlation of weights with their last updates"
-    return [f"{by} confirms {confirmed} of {total} entries of equal shape"]
+    return [f"{by} confirms {confirmed} of {total} matrices of equal shape"]
 
 
 def _classes(
@@ -120,12 +123,12 @@ def _classes(
     weights: Mapping[str, Entry],
     earlier: tuple[str, Mapping[str, Entry]] | None,
 ) -> list[list[str]]:
-    """Names within a group whose tensors have the same shape, and for which all that is compared is there."""
+    """Names within a group whose matrices have the same shape, and for which all that is compared is there."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for g, own in enumerate(names):
         for name in own:
             weight, m = weights.get(name), _first(states.get(name, {}))
-            if weight is None or m is None or m.shape != weight.shape or not m.numel:
+            if weight is None or m is None or m.shape != weight.shape or not m.numel or len(m.shape) < 2:
                 continue
             if earlier is None or (name in earlier[1] and earlier[1][name].shape == weight.shape):
                 found.setdefault((g, weight.shape), []).append(name)

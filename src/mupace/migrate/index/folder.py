@@ -9,11 +9,13 @@ from typing import Any
 
 from mupace.errors import CheckpointError
 from mupace.migrate.index.shards import INDEX
+from mupace.migrate.output import MANIFEST
 
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng", "random_states", "scaler", "dataloader", "sampler")
-_NOT_KEPT = frozenset({"config.json", "state.json", "trainer_state.json", "manifest.json", "migration.json"})
-_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_NOT_KEPT = frozenset({"config.json", "state.json", "trainer_state.json", "manifest.json", MANIFEST})
+_ENDINGS = (INDEX, "_results.json")
+_KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
 
 def weights_file(folder: Path) -> Path:
@@ -73,7 +75,7 @@ def json_of(file: Path) -> dict[str, Any] | None:
 def others(folder: Path) -> tuple[Path, ...]:
     """Tokenizer, generation configuration, chat template: what a target has as well."""
     found = (p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith("."))
-    return tuple(p for p in found if p.suffix in _KEPT and p.name not in _NOT_KEPT and not p.name.endswith(INDEX))
+    return tuple(p for p in found if p.suffix in _KEPT and p.name not in _NOT_KEPT and not p.name.endswith(_ENDINGS))
 
 
 def sizes_agree(folder: Path, manifest: str) -> None:

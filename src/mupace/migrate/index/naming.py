@@ -144,5 +144,6 @@ def _proof(
     seen = sum(1 for own in ids for i in own if any(e.shape for e in tensors.get(i, ())))
     return (
         f"numbered entries, named by the rule '{rule}', the only naming that reproduces {counts} entries and "
-        f"the shapes of {seen} states in order; {alone} of {total} are fixed by their shape, the order of the others is the rule's"
+        f"the shapes of {seen} states in order; {alone} of {total} are fixed by their shape, the order of the others "
+        "is the rule's"
     )

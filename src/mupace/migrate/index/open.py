@@ -17,6 +17,7 @@ from mupace.migrate.index.optimizer import Model, Saved, resolve
 from mupace.migrate.index.parts import Parts, optimizers, parts
 from mupace.migrate.index.refusals import foreign_file, foreign_folder, quantised_config, quantised_weights
 from mupace.migrate.index.ties import tied
+from mupace.migrate.output import MANIFEST
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -33,6 +34,7 @@ def index(path: str | Path, *, model: Module | None = None) -> Index:
     Args:
         path: a safetensors or torch file, an index of shards (`*.index.json`), a folder of transformers, of its
             Trainer, of accelerate, of torch.distributed.checkpoint, or a checkpoint of this package.
+            Of a folder the optimizer and the clock are read as well; of a file what is in it and config.json.
         model: the model that the optimizer was built for, parameters that were not trained with requires_grad=False; on
             any device, also meta. Needed only where entries of the optimizer are numbered and config.json does not tell
             the model.
@@ -53,7 +55,7 @@ def index(path: str | Path, *, model: Module | None = None) -> Index:
 def _of_folder(path: Path, model: Module | None) -> Index:
     foreign_folder(path)
     reader = _Reader(path, path, model)
-    for manifest in ("manifest.json", "migration.json"):
+    for manifest in ("manifest.json", MANIFEST):
         folder.sizes_agree(path, manifest)
     if (path / distributed.METADATA).is_file():
         return reader.tree(distributed.tree(path), "dcp")
@@ -62,7 +64,7 @@ def _of_folder(path: Path, model: Module | None) -> Index:
         return reader.tree({k: v for one in both for k, v in one.items()}, "dcp")
     file = folder.weights_file(path)
     kind = "safetensors" if ".safetensors" in file.name else "torch"
-    if (path / "trainer_state.json").is_file():
+    if (path / "trainer_state.json").is_file() or reader.migrated().get("kind") == "hf_trainer":
         kind = "hf_trainer"
     return reader.file(file, kind)
 
@@ -81,7 +83,8 @@ class _Reader:
         else:
             found = parts(torchfile.tree(file), str(file))
         beside = self.optimizers() if self.path.is_dir() else []
-        ours = any(saved.names for saved in beside) and (self.folder / "state.json").is_file()
+        own_state = (self.folder / "state.json").is_file() or bool(self.migrated())
+        ours = own_state and any(saved.names for saved in beside)
         return self.made(found, "mupace" if ours else kind, config, [*found.optimizers, *beside])
 
     def tree(self, tree: Mapping[str, Any], kind: str) -> Index:
@@ -136,9 +139,15 @@ class _Reader:
 
         return known
 
+    def migrated(self) -> Mapping[str, Any]:
+        """What a migration noted of its source; empty for a directory that no migration wrote."""
+        source = (folder.json_of(self.folder / MANIFEST) or {}).get("source") if self.path.is_dir() else None
+        return source if isinstance(source, Mapping) else {}
+
     def state(self, kind: str, found: Parts) -> Mapping[str, Any]:
         names = {"hf_trainer": "trainer_state.json", "mupace": "state.json"}
-        return (folder.json_of(self.folder / names[kind]) or {}) if kind in names else found.plain
+        own = folder.json_of(self.folder / names[kind]) if kind in names else None
+        return own or (folder.json_of(self.folder / MANIFEST) if self.path.is_dir() else None) or found.plain
 
 
 def _in_order(weights: Mapping[str, Entry]) -> list[Parameter]:
@@ -175,7 +184,10 @@ def _clock(
     kind: str, state: Mapping[str, Any], optimizers: Sequence[OptimizerIndex], found: Parts
 ) -> tuple[int | None, int | None]:
     """(updates, tokens)"""
-    if kind == "hf_trainer":
+    if isinstance(clock := state.get("clock"), Mapping):  # of this package's trainer, and of a migration
+        step, tokens = clock.get("step"), clock.get("tokens", clock.get("token"))
+        return None if step is None else int(step), int(tokens or 0) or None
+    if kind == "hf_trainer" and "global_step" in state:
         return int(state["global_step"]), int(state.get("num_input_tokens_seen") or 0) or None
     if kind == "mupace" and "pacer" in state:
         return folder.paced(state["pacer"])

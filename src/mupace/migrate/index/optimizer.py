@@ -37,6 +37,9 @@ class Saved:
     ) -> Saved:
         """From the dict that was saved; also from the flat one, `state.NAME.KEY` and `param_groups.NAME.KEY`."""
         state, groups = (value["state"], value["param_groups"]) if "param_groups" in value else _unflattened(value)
+        numbered = all(isinstance(i, int) for group in groups for i in group["params"])
+        if numbered:  # torch.distributed.checkpoint makes text of the numbers
+            state = {int(i) if isinstance(i, str) and i.isdigit() else i: own for i, own in state.items()}
         return cls(label=label, state=state, groups=groups, kind=kind, names=names)
 
 
@@ -65,7 +68,7 @@ def resolve(saved: Saved, model: Model) -> OptimizerIndex:
     states = {name: _state(saved.state[i], name) for i, name in flat if i in saved.state}
     _complete(saved, flat, states)
     _shapes_agree(saved.label, states, model.weights)
-    settings = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in saved.groups]
+    settings = [_settings(group) for group in saved.groups]
     said = evidence.moments(saved.label, states, settings, names)
     if weak:
         said += evidence.order(saved.label, states, names, model.weights, model.earlier)
@@ -89,6 +92,12 @@ def _names(saved: Saved, ids: Sequence[Sequence[Any]], model: Model) -> tuple[Se
     tensors = {i: [v for v in s.values() if isinstance(v, Entry)] for i, s in saved.state.items()}
     names, proof = named(saved.label, ids, saved.groups, tensors, model.parameters())
     return names, proof, True
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the parameters; a rate that is a tensor becomes a number."""
+    plain = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    return {k: read(v).item() if isinstance(v, Entry) and v.numel == 1 else v for k, v in plain.items()}
 
 
 def _state(values: Mapping[str, Any], name: str) -> dict[str, Entry | float | int]:

@@ -11,11 +11,11 @@ from mupace.errors import CheckpointError
 from mupace.migrate.index.model import DTYPES, Entry
 
 _PACKED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|SCB|CB|absmax|nested_absmax|quant_map|weight_format|weight_packed|weight_scale"
-    r"|weight_scale_inv|weight_scale_2|input_scale|weight_zero_point|[\w]*blocks|weight\.quant_state\..*)$"
+    r"\.(qweight|qzeros|SCB|CB|absmax|nested_absmax|quant_map|weight_format|weight_packed|weight_scale|weight_scale_inv"
+    r"|weight_scale_2|weight_zero_point|\w+_blocks|weight\.quant_state\..*)$"
 )
 _QUANTISED_STATES = frozenset({"state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"})
-_NUMBERED = "save a full-precision copy first (transformers: model.dequantize(), then save_pretrained)"
+_INSTEAD = "save a full-precision copy first (transformers: model.dequantize(), then save_pretrained)"
 _FOREIGN = {
     ".gguf": "GGUF is quantised and of another layout: start from the safetensors checkpoint that it was made from",
     ".h5": "convert it to safetensors first (transformers before version 5: from_pretrained(..., from_tf=True))",
@@ -32,7 +32,7 @@ def known_dtype(file: Path, name: str, dtype: str) -> None:
     """Raise for a dtype that is no row of `DTYPES`: 8-bit floats and packed numbers."""
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{file}: {name} is {dtype}, quantised or unknown: {_NUMBERED}; legal are {', '.join(DTYPES)}"
+            f"{file}: {name} is {dtype}, quantised or unknown: {_INSTEAD}; legal are {', '.join(DTYPES)}"
         )
 
 
@@ -68,7 +68,7 @@ def quantised_config(where: Path, config: Mapping[str, Any] | None) -> None:
     packed = (config or {}).get("quantization_config")
     if packed:
         method = packed.get("quant_method", "unknown") if isinstance(packed, Mapping) else packed
-        raise CheckpointError(f"{where}: config.json has quantization_config ({method}): {_NUMBERED}")
+        raise CheckpointError(f"{where}: config.json has quantization_config ({method}): {_INSTEAD}")
 
 
 def quantised_weights(where: Path, weights: Mapping[str, Entry]) -> None:
@@ -76,7 +76,7 @@ def quantised_weights(where: Path, weights: Mapping[str, Entry]) -> None:
     for name, entry in weights.items():
         integers = entry.dtype in ("I8", "U8", "I32") and name.endswith("weight") and len(entry.shape) > 1
         if integers or _PACKED.search(name):
-            raise CheckpointError(f"{where}: {name} ({entry.dtype}) belongs to quantised weights: {_NUMBERED}")
+            raise CheckpointError(f"{where}: {name} ({entry.dtype}) belongs to quantised weights: {_INSTEAD}")
 
 
 def quantised_states(where: str, keys: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mupace
-from families import Family, in_float64, loss_of, rate
+from grown_families import Family, in_float64, loss_of, rate
 from mupace.migrate import groups, restore
 from mupace.trainer import checkpoint
 
