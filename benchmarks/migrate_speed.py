@@ -236,9 +236,8 @@ def measure(folder: Path, case: str) -> tuple[float, float]:
     spread = ", ".join(f"{r['seconds']:.1f}" for r in ours), ", ".join(f"{s:.1f}" for s in theirs)
     said = "met" if mine / cp >= RATIO and memory < MEMORY else "missed"
     print(f"{case:6} {mine / cp:.2f} of cp, {memory / 1e6:.0f} MB of memory   bounds {RATIO}, 1 GB: {said}")
-    print(
-        f"       {mine / 1e9:.2f} GB/s in and out, cp {cp / 1e9:.2f}, {size / 1e9:.1f} GB   s {spread[0]}; cp {spread[1]}"
-    )
+    rates = f"{mine / 1e9:.2f} GB/s in and out, cp {cp / 1e9:.2f}"
+    print(f"       {rates}, {size / 1e9:.1f} GB   seconds {spread[0]}; cp {spread[1]}")
     sys.stdout.flush()
     (folder / "blob").unlink()
     return mine / cp, memory

@@ -58,7 +58,8 @@ else:
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
 before = status("VmRSS")
 if case == "whole":  # the control: not out of core
-    apply(outputs.weights.operations[0], {"w": torch.from_file(str(big), size=rows * columns).reshape(rows, columns)}, 0)
+    whole = torch.from_file(str(big), size=rows * columns).reshape(rows, columns)
+    apply(outputs.weights.operations[0], {"w": whole}, 0)
 else:
     execute(outputs, index, folder / "out", max_memory=memory, threads=2)
 print(json.dumps(status("VmHWM") - before))

@@ -67,6 +67,14 @@ def test_a_second_model_of_the_same_configuration_is_not_traced() -> None:
     assert kept_trace(wider, inputs(wider)) is not one
 
 
+def test_other_families_in_between_change_nothing() -> None:
+    model = llama()
+    one = kept_trace(model, inputs(model))
+    for family in ("gpt2", "t5", "mamba", "clip", "gpt_oss"):
+        ZOO[family].build()
+    assert kept_trace(model, inputs(model)) is one
+
+
 def test_the_tensors_are_those_of_the_model_that_was_asked_about() -> None:
     first, second = llama(), llama()
     tables = [read(first).table, read(second).table]

@@ -42,11 +42,14 @@ def test_twice_as_wide_it_goes_on_as_the_small_run_does(changes: dict[str, Any])
     (row,) = run_of("next").of_type("start")
     assert row["loss"] == pytest.approx(row["source"]["loss"], abs=BOUND)
     scales = json.loads((place / "migration.json").read_text())["scales"]
-    run(started(c, edit(place, scales={name: {} for name in scales})), "plain")  # the controls
+    edit(place, scales={name: {} for name in scales})  # the controls
+    run(c, "plain")
     assert apart("plain") > 100 * BOUND
-    run(started(c, edit(place, scales={name: {**row, "clip": 1.0} for name, row in scales.items()})), "clip")
+    edit(place, scales={name: {**row, "clip": 1.0} for name, row in scales.items()})
+    run(c, "clip")
     assert apart("clip") > 10 * BOUND
-    run(started(c, edit(place, scales=scales), optimizer="reset"), "reset")
+    edit(place, scales=scales)
+    run(c.replace({"start.optimizer": "reset"}), "reset")
     assert apart("reset") > 100 * BOUND
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "check": "Run the pre-flight list against a config file.",
     "coord": "Train models of several sizes for a few updates: do activations and their changes keep their size?",
     "sweep": "Find the learning rate on a small model, and show whether it serves the large one.",
+    "migrate": "Move a trained checkpoint to a larger or edited model: weights, optimizer state, clock, with proof.",
     "report": "Make one HTML page of a run, with no network use.",
 }
 
@@ -38,7 +39,8 @@ EXTRAS = {
 app = App(
     name="mupace",
     version=__version__,
-    help="Paces the learning rate of any PyTorch model, and moves what was tuned on a small model to a large one.",
+    help="Paces the learning rate of any PyTorch model, and moves what was tuned and trained on a small model to "
+    "a large one.",
     print_error=False,
     exit_on_error=False,
     help_format="plaintext",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from mupace.cli.settings import GivenPath, change, number_of_bytes
+from mupace.cli.settings import GivenPath, Whole, change, number_of_bytes
 from mupace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,6 +144,63 @@ def apply(
 
 
 @migrate.command
+def verify(
+    directory: GivenPath,
+    /,
+    *,
+    twin: Annotated[bool, Parameter(negative="--no-twin")] = True,
+    logits: Annotated[bool, Parameter(negative="--no-logits")] = True,
+    training: Whole | None = None,
+    config: GivenPath | None = None,
+    text: Annotated[list[str] | None, Parameter(name="--text")] = None,
+    expect: list[str] | None = None,
+    threshold: list[str] | None = None,
+    minimum: float | None = None,
+    source: GivenPath | None = None,
+    quiet: bool = False,
+) -> int:
+    """Verify a migrated directory; exit code 1 when a gate fails. Results are kept in its migration.json.
+
+    Parameters
+    ----------
+    directory
+        What apply made.
+    twin
+        The proof on a toy pair in float64: logits, and 25 updates of source and target side by side.
+    logits
+        The logits of the real pair on real text; both models are held in memory.
+    training
+        Updates of the training gate, a run at the schedule's minimum rate (20000 is the standard); none without it.
+    config
+        The run file that the training gate is to release; the source's run without it.
+    text
+        Files, folders or patterns for the logits, instead of the standard library's source; may be repeated.
+    expect
+        What the training gate expects, such as perplexity=12.5, exact_match=0.3 or f1=0.5; may be repeated.
+    threshold
+        A threshold by name, such as fluctuation=0.003, deviation=0.15, divergence=1e-6; may be repeated.
+    minimum
+        The training gate's rate as a fraction of the peak, where the schedule falls to 0.
+    source
+        The checkpoint, where it is not where it was.
+    quiet
+        No progress.
+    """
+    from mupace.cli.progress import shown
+    from mupace.cli.settings import load_config
+    from mupace.gate import verify as verified
+
+    with shown(quiet) as progress:
+        found = verified(
+            directory, twin=twin, logits=logits, training=training, text=text or "stdlib",
+            config=None if config is None else load_config(config, ()), expected=_numbers("--expect", expect or []),
+            thresholds=_numbers("--threshold", threshold or []), minimum=minimum, source=source, progress=progress,
+        )  # fmt: skip
+    print(found)
+    return found.exit_code
+
+
+@migrate.command
 def diff(source: GivenPath, target: GivenPath, /, *, save: GivenPath | None = None, noise: float = 0.1) -> int:
     """Find what changed between two architectures, and the script that moves a checkpoint of the one to the other.
 
@@ -192,6 +249,16 @@ def _pairs(option: str, given: list[str]) -> dict[str, str | None]:
     return found
 
 
+def _numbers(option: str, given: list[str]) -> dict[str, float] | None:
+    found = {}
+    for text in given:
+        name, value = change(text, option, "perplexity=12.5")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{option} {text!r}: legal is a number, such as {name}=0.5")
+        found[name] = float(value)
+    return found or None
+
+
 def _rules(given: list[str]) -> dict[str, str]:
     return {pattern: replacement or "" for pattern, replacement in _pairs("--rename", given).items()}
 
@@ -218,6 +285,6 @@ def _lines() -> Callable[[dict[str, Any]], None]:
         tenth = row["done"] * 10 // max(1, row["total"])
         if tenth > said["tenth"]:
             said["tenth"] = tenth
-            print(f"{row['done'] / 1e6:,.0f} of {row['total'] / 1e6:,.0f} MB", flush=True)
+            print(f"{tenth * 10:3d} % of {row['total'] / 1e6:,.1f} MB", flush=True)
 
     return line

@@ -133,7 +133,7 @@ def training_gate(
     parts = run.prepare()
     blocks = parts.data.valid.take(parts.data.valid.spread(prompts))
     judge = Judge(blocks=blocks, n=answer_tokens, vocabulary=parts.data.tokenizer.vocab_size)
-    where, before = _baseline(source or manifest["source"]["path"], parts, judge)
+    where, before = _baseline(source or manifest["source"]["path"], root, parts, judge)
     reason, model = run.make(parts)
     after = judge(model) if reason == "finished" else None
     series = run.series(before=before, after=after, expected=wanted)
@@ -241,7 +241,7 @@ class _Run:
     def prepare(self) -> Parts:
         from mupace.trainer.loop import prepare
 
-        return prepare(self.config)
+        return prepare(self.config, self.directory)
 
     def make(self, parts: Parts) -> tuple[str, Any]:
         """How the run ended, and its model."""
@@ -322,15 +322,15 @@ class Judge:
             return scores(model, self.blocks, n=self.n, vocabulary=self.vocabulary)
 
 
-def _baseline(source: str | Path, parts: Parts, judge: Judge) -> tuple[str, Scores]:
+def _baseline(source: str | Path, directory: Path, parts: Parts, judge: Judge) -> tuple[str, Scores]:
     """Whose scores the gains are measured from: the source's, or those of the migrated model as it begins."""
     from mupace.gate.load import load_model
 
-    folder = Path(source)
+    folder, whose = Path(source), str(source)
     if not any(folder.glob("model*.safetensors*")):
-        return "the migrated model before its first update", judge(parts.model)
+        folder, whose = directory, "the migrated model before its first update"
     model = load_model(folder, dtype=next(parts.model.parameters()).dtype).to(parts.device)
-    return str(folder), judge(model)
+    return whose, judge(model)
 
 
 def _write(found: TrainingGate) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from mupace.errors import CheckpointError, ConfigError
 from mupace.migrate.axis import AxisMap, compressed
-from mupace.migrate.disk import View
+from mupace.migrate.disk import WHOLE, View
 from mupace.migrate.index.model import DTYPES, Entry, Group, Index, OptimizerIndex
 from mupace.migrate.moves import Move
-from mupace.migrate.operation import Fill, Noise, Operation
+from mupace.migrate.operation import Fill, Merge, Noise, Operation
 
 POWERS: dict[str, int] = {
     "exp_avg": 1,
@@ -49,7 +49,7 @@ def weight_operations(
     places = {(view.name, view.select): name for name, view in source_views.items()}
     usual = dtype or _usual(index)
     return [
-        _of_buffer(name, view, places, index)
+        _of_buffer(name, view, rows, places, index)
         if view.buffer
         else _of_view(name, view, rows[view.name], places, index, noise, dtype, usual)
         for name, view in views.items()
@@ -93,19 +93,48 @@ def _of_view(
         factor=move.factor,
         offset=move.offset,
         noise=drawn,
-        merge=move.merge,
+        merge=None if move.merge is None else _merge(move.merge, places),
         **common,
     )
 
 
-def _of_buffer(name: str, view: View, places: Mapping[Any, str], index: Index) -> Operation:
-    """A buffer that is saved: it is what it was."""
-    source = places.get((view.name, view.select))
+def _of_buffer(name: str, view: View, rows: Mapping[str, Move], places: Mapping[Any, str], index: Index) -> Operation:
+    """A buffer that is saved: it is what it was, or grows as the parameter beside it of the same shape (the running
+    statistics of a norm)."""
+    source = places.get((buffer_source(view.name, rows), view.select))
     if source is None:
         raise ConfigError(f"{name}: it is a buffer that the source does not have; legal is a model of the same class")
     entry = index.weights[index.ties.get(source, source)]
-    axes = tuple(map(AxisMap.same, entry.shape))
-    return Operation(target=name, shape=entry.shape, dtype=entry.dtype, source=entry.name, axes=axes)
+    beside = buffer_move(view.name, entry.shape, rows)
+    axes = tuple(map(AxisMap.same, entry.shape)) if beside is None else beside.axes
+    shape = tuple(axis.target for axis in axes)
+    return Operation(target=name, shape=shape, dtype=entry.dtype, source=entry.name, axes=axes)
+
+
+def buffer_source(name: str, rows: Mapping[str, Move]) -> str:
+    """What a buffer is called in the source: as the parameters nearest to it were."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        for move in rows.values() if path else ():
+            rest = move.name.removeprefix(f"{path}.")
+            origin = move.source or move.settings_of
+            if rest != move.name and origin is not None and f".{origin}".endswith(f".{rest}"):
+                return f"{origin.removesuffix(rest)}{name.removeprefix(f'{path}.')}"
+    return name
+
+
+def buffer_move(name: str, shape: Sequence[int], rows: Mapping[str, Move]) -> Move | None:
+    """The parameter of the same module whose source has this shape."""
+    path = name.rpartition(".")[0]
+    beside = (move for move in rows.values() if move.name.rpartition(".")[0] == path and move.axes)
+    return next((move for move in beside if tuple(axis.source for axis in move.axes) == tuple(shape)), None)
+
+
+def _merge(merge: Merge, places: Mapping[Any, str]) -> Merge:
+    """The pair by its names on disk."""
+    a, b = (places.get((name, (WHOLE, WHOLE)), name) for name in (merge.a, merge.b))
+    return replace(merge, a=a, b=b)
 
 
 def _noise(move: Move, noise: Noise | None, at: Mapping[int, int], axes: Sequence[AxisMap]) -> Noise | None:
@@ -190,11 +219,16 @@ def _state(i: int, move: Move, key: str, entry: Entry) -> Operation:
         axes=move.axes,
         divide=tuple(dim for dim in move.produced if not move.axes[dim].pooled),
         power=power,
-        factor=move.factor**-power,
+        factor=(move.factor * _pooled(move)) ** -power,
         fill=Fill(kind="mean", value=1.0) if power == 2 else Fill(),
         kind=move.kind,
         why=move.why,
     )
+
+
+def _pooled(move: Move) -> float:
+    """The gradient of a mean of m heads is the sum of theirs."""
+    return math.prod(move.axes[d].target / move.axes[d].source for d in move.produced if move.axes[d].pooled)
 
 
 def target_groups(optimizer: OptimizerIndex, moves: Sequence[Move]) -> tuple[Group, ...]:
@@ -207,7 +241,7 @@ def target_groups(optimizer: OptimizerIndex, moves: Sequence[Move]) -> tuple[Gro
     owner = {name: i for i, group in enumerate(optimizer.groups) for name in group.names}
     for move in moves:
         by = move.source if move.source is not None and move.source in owner else move.settings_of
-        if by is None or by not in owner:
+        if by is None or by not in owner or move.state == "frozen":
             continue
         settings = scaled(optimizer.groups[owner[by]].settings, move)
         key = f"{owner[by]} {sorted((k, repr(v)) for k, v in settings.items())}"

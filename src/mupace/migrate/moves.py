@@ -37,7 +37,7 @@ class Move:
     noise: bool = False
     """Whether noise breaks the symmetry of its copies."""
     state: str = "keep"
-    """keep (rescaled), or fresh: no moments and a step count of 0."""
+    """keep (rescaled), fresh (no moments and a step count of 0), or frozen (not trained: in no param group)."""
     scales: Scales = field(default_factory=Scales)
     """Factors of lr, weight_decay, eps and the clip weight, relative to the source's own."""
     settings_of: str | None = None

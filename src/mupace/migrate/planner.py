@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from mupace.errors import ConfigError
+from mupace.migrate.adapters import drawn_pairs, merges
+from mupace.migrate.depth import Branch, branches_of, zeroed
 from mupace.migrate.fresh import Own
-from mupace.migrate.growth import Grown, axes_of, sized
+from mupace.migrate.growth import ROTARY, SPREAD, Grown, axes_of, repeats, sized
 from mupace.migrate.layers import LayerMap
 from mupace.migrate.match import Matches, match
 from mupace.migrate.moves import Move
-from mupace.migrate.operation import Fill
+from mupace.migrate.operation import Fill, Merge
 from mupace.optimizers import spec_for
-from mupace.params import Param, matching
+from mupace.params import Param, ParamTable, matching
 from mupace.scales import Scales
 from mupace.scaling.factors import Options, Sized, scales_of
-from mupace.scaling.multipliers import folded, multipliers
+from mupace.scaling.multipliers import Multiplier, folded, multipliers
 from mupace.scaling.rules import RULES
 from mupace.structure import Structure, read
 from mupace.structure.layouts import layouts
@@ -30,10 +33,24 @@ RULE = "mup"
 SYMMETRIC = ("embedding", "position", "norm", "bias")
 """Roles that noise leaves alone: they contract nothing."""
 
-IDENTITY = "an inserted block is the identity: what it adds to the residual stream is 0"
+IDENTITY = "what it adds to the residual stream is 0 at first"
+NO_EFFECT = "it is 0 at first, which adds nothing"
 TRAINED_APART = "a tensor without a counterpart in the source"
 UNTIED = "the moments of a tied matrix are sums over both of its uses"
-STACKED = "a copy of a whole block changes the function"
+MERGED = "a pair that was trained beside its frozen base is one matrix with it"
+FROZEN = "it is not trained"
+OUTPUTS = "new outputs take part in the softmax"
+
+STACKED = "a copy of a whole layer changes the function"
+REMOVED = "without a layer the function is another"
+DROPPED = "the function is another without what was left out"
+ADDED = "new tensors change the function"
+TIED = "the head's own weights are lost"
+POST_NORM = "the stream goes through a norm after each sum, so that a layer that adds nothing still changes it"
+UNFOLDED = "what q·k is multiplied by cannot be folded into any tensor"
+
+_ASKED = (SPREAD, ROTARY, POST_NORM, UNFOLDED)
+"""Reasons that are accepted with approximate=True alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +60,19 @@ class Side:
     model: torch.nn.Module
     structure: Structure
     layouts: Mapping[str, Any]
+    inputs: Any = None
 
     @classmethod
     def of(cls, model: torch.nn.Module, inputs: Any, roles: Any, axes: Any) -> Side:
         """Read a model."""
         structure = read(model, inputs=inputs, roles=roles, axes=axes)
-        return cls(model=model, structure=structure, layouts=layouts(model, inputs=inputs) if structure.traced else {})
+        known = layouts(model, inputs=inputs) if structure.traced else {}
+        return cls(model=model, structure=structure, layouts=known, inputs=inputs)
+
+    @property
+    def table(self) -> ParamTable:
+        """Its tensors."""
+        return self.structure.table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,42 +88,265 @@ class Choices:
     noise: bool = True
     depth_by: str = "insert"
     inserted_state: str = "fresh"
+    approximate: bool = False
 
 
 def moves_of(source: Side, target: Side, choices: Choices) -> tuple[tuple[Move, ...], dict[str, str], Matches]:
-    """A row for every tensor of the target, and why each unused tensor of the source is not used."""
-    table, other = target.structure.table, source.structure.table
-    by_layer = {stack: list(one.sources) for stack, one in (choices.layers or {}).items()}
+    """A row for every tensor of the target, and why each unused tensor of the source is not used.
+
+    Raises:
+        MatchError: for a tensor without a clear counterpart.
+        ConfigError: for what cannot be moved, or only approximately where that was not asked for.
+    """
+    merged = merges(source.model, source.table, target.table)
+    low_rank = [name for merge in merged.values() for name in (merge.a, merge.b)]
     found = match(
-        other,
-        table,
+        source.table,
+        target.table,
         pairs=_pairs(choices, source, target),
         rename=choices.rename,
-        layers=by_layer or None,
-        drop=choices.drop,
+        layers={stack: list(one.sources) for stack, one in (choices.layers or {}).items()} or None,
+        drop=(*choices.drop, *low_rank),
     )
-    total = sum(row.numel for row in table) / sum(row.numel for row in other)
-    given = _given_axes(target, choices.axes)
-    grown: dict[str, Grown] = {}
-    pairs: dict[str, Sized] = {}
-    for row in table:
-        name = _source(found, row)
-        if name is not None:
-            grown[row.name] = axes_of(row, other[name], (source.layouts, target.layouts), given.get(row.name))
-            pairs[row.name] = sized(row, other[name], grown[row.name], total)
-    factors, offsets = _multipliers(pairs, source, target)
-    zeroed = _zeroed(target.structure, choices.layers or {})
-    own = Own(target.model)
-    rows = tuple(
-        _move(row, found, pairs, grown, factors, offsets, zeroed, own, source, choices) for row in table
-    )  # fmt: skip
-    return rows, dict(found.dropped), found
+    plan = _Plan(source=source, target=target, choices=choices, found=found, merged=merged)
+    plan.size()
+    rows = tuple(plan.move(row) for row in target.table)
+    _refuse(rows, plan.whole, choices)
+    _check_buffers(source, target, rows)
+    reasons = dict.fromkeys(low_rank, "merged into its base")
+    return rows, {**found.dropped, **{name: why for name, why in reasons.items() if name in found.dropped}}, found
 
 
-def _source(found: Matches, row: Param) -> str | None:
-    """The source of a tensor; of an inserted block's, the donor's."""
-    one = found[row.name]
-    return one.source or one.donor
+@dataclass(kw_only=True)
+class _Plan:
+    """What is known when the rows are made."""
+
+    source: Side
+    target: Side
+    choices: Choices
+    found: Matches
+    merged: Mapping[str, Merge]
+    pairs: dict[str, Sized] = field(default_factory=dict)
+    grown: dict[str, Grown] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    zeroed: Mapping[str, float] = field(default_factory=dict)
+    silent: frozenset[str] = frozenset()
+    """The tensors of branches that add 0."""
+    own: Own = field(init=False)
+    whole: str = ""
+    """Why the function of the whole model is another one; "" where it is not."""
+
+    def size(self) -> None:
+        """Everything that is decided for the model before its rows."""
+        self.own = Own(self.target.model)
+        self._grow()
+        self.factors, self.offsets, unfolded = _multipliers(self.pairs, self.source, self.target)
+        drawn = frozenset(row.name for row in self.target.table if row.name not in self.pairs)
+        layers = self.choices.layers or {}
+        inserted = {stack for stack, one in layers.items() if any(one.inserted)}
+        branches = self._branches() if drawn or inserted else ()
+        self.zeroed = zeroed(branches, self.target.table, layers if inserted else {}, drawn)
+        self.silent = frozenset(name for b in branches if b.names & self.zeroed.keys() for name in b.names)
+        self.whole = unfolded or self._whole(branches, inserted)
+
+    def _branches(self) -> tuple[Branch, ...]:
+        return branches_of(self.target.model, self.target.structure, self.target.inputs)
+
+    def _grow(self) -> None:
+        table, other = self.target.table, self.source.table
+        total = sum(row.numel for row in table) / sum(row.numel for row in other)
+        given, ends = _given_axes(self.target, self.choices.axes), _ends(table)
+        shared = [_repeats(side) for side in (self.source, self.target)]
+        for row in table:
+            name = self.found[row.name].source or self.found[row.name].donor
+            if name is None:
+                continue
+            places = [(one.stack, one.block) for one in (other[name], row)]
+            split = _split(*(side.get(place, 0) for side, place in zip(shared, places, strict=True)))
+            both = (self.source.layouts, self.target.layouts)
+            made = axes_of(_with_ends(row, ends), other[name], both, given.get(row.name), split=split)
+            self.grown[row.name] = made
+            self.pairs[row.name] = sized(row, other[name], made, total)
+
+    def _whole(self, branches: Sequence[Branch], inserted: set[str | None]) -> str:
+        """The first reason why the function is another one."""
+        layers = (self.choices.layers or {}).values()
+        table = self.target.table
+        moved = any(branch.moved and _stacks(branch, table) & inserted for branch in branches)
+        checks = (
+            (moved, POST_NORM),
+            (any(one.repeats for one in layers), STACKED),
+            (any(len(m.used) < n for m, n in self._depths()), REMOVED),
+            (any(name not in self._low_rank for name in self.found.dropped), DROPPED),
+            (any(row.aliases and not self.source.table[self.pairs[row.name].base.name].aliases
+                 for row in table if row.name in self.pairs), TIED),
+            (any(not self._harmless(row) for row in table if row.name not in self.pairs), ADDED),
+        )  # fmt: skip
+        said = [why for holds, why in checks if holds]
+        return next(iter([*said, *(one.why for one in self.grown.values() if one.changes)]), "")
+
+    def _depths(self) -> list[tuple[LayerMap, int]]:
+        depths = self.source.table.depths
+        maps = self.choices.layers or {}
+        return [(one, depths.get(stack, next(iter(depths.values()), 0))) for stack, one in maps.items()]
+
+    @property
+    def _low_rank(self) -> set[str]:
+        return {name for merge in self.merged.values() for name in (merge.a, merge.b)}
+
+    def _harmless(self, row: Param) -> bool:
+        """Whether a new tensor leaves the function as it is: a branch that adds 0, a bias of 0, an adapter's pair."""
+        if row.role == "adapter" or row.name in self.zeroed or row.name in self.silent:
+            return True
+        return row.role == "bias" and self.own.fill(row) == Fill(kind="constant", value=0.0)
+
+    def move(self, row: Param) -> Move:
+        """The row of one tensor."""
+        made = self._drawn(row) if row.name not in self.pairs else self._moved(row)
+        return made if row.trainable else replace(made, state="frozen", why=made.why or FROZEN)
+
+    def _drawn(self, row: Param) -> Move:
+        by = _settled_by(row, self.source)
+        fill, why = self.own.fill(row, self._contracted(row)), TRAINED_APART
+        if row.name in self.zeroed:
+            fill, why = Fill(kind="constant", value=self.zeroed[row.name]), IDENTITY
+        elif self._harmless(row) and row.role == "bias":
+            why = NO_EFFECT
+        return Move(name=row.name, shape=row.shape, role=row.role, source=None, fill=fill, state="fresh",
+                    settings_of=by, kind="fresh", why=why)  # fmt: skip
+
+    def _contracted(self, row: Param) -> float:
+        """By how much what a new matrix contracts has grown: as in the nearest tensor that contracts as many."""
+        dims = [dim for dim, kind in enumerate(row.axes) if kind == "in"]
+        if not dims:
+            return 1.0
+        length = row.shape[dims[0]]
+        alike = [
+            other for other in self.target.table
+            if other.name in self.pairs and any(other.shape[d] == length for d in self.grown[other.name].contracted)
+        ]  # fmt: skip
+        alike.sort(key=lambda other: (other.role != row.role, other.place != row.place, other.block != row.block))
+        return self.pairs[alike[0].name].growth.k_in if alike else 1.0
+
+    def _moved(self, row: Param) -> Move:
+        one = self.found[row.name]
+        pair = replace(self.pairs[row.name], forward=self.factors.get(row.name, 1.0))
+        scales = _scales(pair, self.choices.optimizer)
+        if row.name in self.zeroed:
+            return Move(name=row.name, shape=row.shape, role=row.role, source=None, state="fresh", scales=scales,
+                        fill=Fill(kind="constant", value=self.zeroed[row.name]), settings_of=pair.base.name,
+                        kind="fresh", why=IDENTITY)  # fmt: skip
+        g, factor = _by_copies(self.grown[row.name], pair)
+        kind, why = self._class(row, one, g, pair)
+        return Move(
+            name=row.name, shape=row.shape, role=row.role, source=pair.base.name, axes=g.axes,
+            contracted=g.contracted, produced=g.produced, factor=factor, offset=self.offsets.get(row.name, 0.0),
+            scales=scales, noise=self.choices.noise and row.role not in SYMMETRIC,
+            fill=self._new_elements(row, g), state=self.choices.inserted_state if one.inserted else "keep",
+            merge=self.merged.get(pair.base.name), kind=kind, why=why,
+        )  # fmt: skip
+
+    def _class(self, row: Param, one: Any, g: Grown, pair: Sized) -> tuple[str, str]:
+        if one.inserted:
+            return "fresh", IDENTITY
+        if g.why:
+            return "approximate", g.why
+        if self.whole:
+            return "approximate", self.whole
+        if pair.base.aliases and not row.aliases:
+            return "approximate", UNTIED
+        if pair.base.name in self.merged:
+            return "approximate", MERGED
+        if _new(g) and (row.role == "head" or row.aliases or (row.role == "bias" and row.place == "output")):
+            return "approximate", OUTPUTS
+        return "exact", ""
+
+    def _new_elements(self, row: Param, g: Grown) -> Fill:
+        """How rows are made that the source does not have: of a vocabulary, the mean of those it has."""
+        if not _new(g):
+            return Fill()
+        return Fill(kind="mean", value=1.0) if row.role in ("embedding", "head", "bias") else self.own.fill(row)
+
+
+def _new(g: Grown) -> bool:
+    return any(isinstance(part, int) for axis in g.axes for part in axis.segments)
+
+
+def _by_copies(g: Grown, pair: Sized) -> tuple[Grown, float]:
+    """A factor that undoes the growth of a vector's own dimension: by each element's copies, where those differ."""
+    uneven = not g.contracted and len(g.produced) == 1 and not g.axes[g.produced[0]].even
+    if uneven and math.isclose(pair.forward * pair.growth.k_out, 1.0):
+        return replace(g, contracted=g.produced), 1.0
+    return g, pair.forward
+
+
+def _stacks(branch: Branch, table: ParamTable) -> set[str | None]:
+    return {table[name].stack for name in branch.names if table[name].block is not None}
+
+
+def _ends(table: ParamTable) -> set[int]:
+    """How many outputs the heads have."""
+    heads = {row.shape[d] for row in table if row.role == "head" for d, kind in enumerate(row.axes) if kind == "out"}
+    tied = {row.shape[d] for row in table if row.aliases for d, kind in enumerate(row.axes) if kind == "index"}
+    return heads | tied
+
+
+def _with_ends(row: Param, ends: set[int]) -> Param:
+    """Outputs are looked up: more of them are new, not copies."""
+    bias = row.role == "bias" and row.place == "output" and row.shape[0] in ends
+    if not bias and row.role != "head":
+        return row
+    kinds = row.axes or ("out",) * len(row.shape)
+    return replace(row, axes=tuple("index" if kind == "out" else kind for kind in kinds))
+
+
+def _repeats(side: Side) -> dict[tuple[str | None, int | None], int]:
+    """Per layer: query heads for each key/value head."""
+    found: dict[tuple[str | None, int | None], int] = {}
+    for row in side.table:
+        for layout in side.layouts.get(row.name, ()):
+            if layout is not None:
+                place = (row.stack, row.block)
+                found[place] = max(found.get(place, 0), repeats(layout))
+    return found
+
+
+def _split(before: int, after: int) -> bool:
+    """Whether a key/value head's copies serve different query heads than it did."""
+    return bool(before and after) and after % before != 0
+
+
+def _refuse(rows: Sequence[Move], whole: str, choices: Choices) -> None:
+    """What is approximate in a way that one may not have meant must be asked for."""
+    if choices.approximate:
+        return
+    if whole in (POST_NORM, UNFOLDED):
+        legal = "another depth_by" if whole == POST_NORM else "heads of the same size"
+        raise ConfigError(f"{whole}; legal is {legal}, or approximate=True")
+    for row in rows:
+        if row.why in (SPREAD, ROTARY):
+            legal = "a whole multiple" if row.why == SPREAD else "heads of the same size"
+            raise ConfigError(f"{row.name}: {row.why}; legal is {legal}, or approximate=True")
+
+
+def _check_buffers(source: Side, target: Side, rows: Sequence[Move]) -> None:
+    """Refuse a saved buffer of another length that nothing beside it says how to grow."""
+    from mupace.migrate.expand import buffer_move, buffer_source
+
+    moves = {row.name: row for row in rows}
+    held, saved = dict(source.model.named_buffers()), target.model.state_dict()
+    for name, buffer in target.model.named_buffers():
+        origin = held.get(buffer_source(name, moves))
+        if name not in saved or origin is None:
+            continue
+        beside = buffer_move(name, tuple(origin.shape), moves)
+        made = tuple(origin.shape) if beside is None else beside.shape
+        if made != tuple(buffer.shape):
+            raise ConfigError(
+                f"{name} {tuple(buffer.shape)}: it is a buffer, {tuple(origin.shape)} in the source, and no parameter "
+                "of its module has that shape; legal is the same shape, or persistent=False"
+            )
 
 
 def _pairs(choices: Choices, source: Side, target: Side) -> dict[str, str | None]:
@@ -110,7 +357,7 @@ def _pairs(choices: Choices, source: Side, target: Side) -> dict[str, str | None
         tied = next((other for other in source.structure.table if row.name in other.aliases), None)
         if tied is not None and row.name in names:
             pairs[row.name] = tied.name
-    return {**pairs, **(choices.pairs or {})}
+    return {**drawn_pairs(source.table, target.table), **pairs, **(choices.pairs or {})}
 
 
 def _given_axes(target: Side, axes: Mapping[str, Sequence[str]] | None) -> dict[str, Sequence[str]]:
@@ -121,88 +368,26 @@ def _given_axes(target: Side, axes: Mapping[str, Sequence[str]] | None) -> dict[
     return found
 
 
-def _multipliers(pairs: Mapping[str, Sized], source: Side, target: Side) -> tuple[dict[str, float], dict[str, float]]:
-    """The multipliers of the forward pass that must be folded into weights for the function to stay."""
+def _multipliers(
+    pairs: Mapping[str, Sized], source: Side, target: Side
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """The multipliers of the forward pass that must be folded into weights for the function to stay: factors and
+    offsets, and what cannot be folded."""
     needed = multipliers(RULES[RULE], pairs, source.structure, target.structure)
     found = [one for one in needed if all(name in pairs for gain in one.gains for name in gain.tensors)]
-    return folded(found, ())
-
-
-def _zeroed(structure: Structure, layers: Mapping[str | None, LayerMap]) -> dict[str, float]:
-    """The tensors of inserted blocks that scale what the block adds, with the value at which that is 0: -offset."""
-    found: dict[str, float] = {}
-    inserted = {(stack, i) for stack, one in layers.items() for i, new in enumerate(one.inserted) if new}
-    for gains in structure.branches:
-        rows = [structure.table[name] for gain in gains for name in gain.tensors]
-        if any((row.stack, row.block) in inserted for row in rows):
-            found |= {name: -gain.offset for gain in gains for name in gain.tensors}
-    ended = {(structure.table[name].stack, structure.table[name].block) for name in found}
-    lost = sorted(inserted - ended, key=str)
-    if lost:
+    lost = next((one for one in found if not one.gains), None)
+    if lost is not None and lost.name != "attention":
         raise ConfigError(
-            f"depth_by='insert': nothing is seen that scales what block {lost[0][1]} adds, so it cannot be made the "
-            "identity; legal are depth_by='stack' and 'interleave'"
+            f"{lost.name}: no tensor scales {lost.where} alone, so that the factor {lost.value:.4g} cannot be folded "
+            "into weights; legal is the source's size"
         )
-    return found
-
-
-def _move(
-    row: Param,
-    found: Matches,
-    pairs: Mapping[str, Sized],
-    grown: Mapping[str, Grown],
-    factors: Mapping[str, float],
-    offsets: Mapping[str, float],
-    zeroed: Mapping[str, float],
-    own: Own,
-    source: Side,
-    choices: Choices,
-) -> Move:
-    one = found[row.name]
-    if row.name not in pairs:
-        by = _settled_by(row, source)
-        return Move(name=row.name, shape=row.shape, role=row.role, source=None, fill=own.fill(row), state="fresh",
-                    settings_of=by, kind="fresh", why=TRAINED_APART)  # fmt: skip
-    pair = replace(pairs[row.name], forward=factors.get(row.name, 1.0))
-    scales = _scales(pair, choices.optimizer)
-    if row.name in zeroed:
-        return Move(name=row.name, shape=row.shape, role=row.role, source=None, state="fresh", scales=scales,
-                    fill=Fill(kind="constant", value=zeroed[row.name]), settings_of=pair.base.name, kind="fresh",
-                    why=IDENTITY)  # fmt: skip
-    g = grown[row.name]
-    kind, why = _class(row, one, g, pair, choices)
-    return Move(
-        name=row.name, shape=row.shape, role=row.role, source=pair.base.name, axes=g.axes, contracted=g.contracted,
-        produced=g.produced, factor=pair.forward, offset=offsets.get(row.name, 0.0), scales=scales,
-        noise=choices.noise and row.role not in SYMMETRIC, fill=_new_elements(row, g, own),
-        state=choices.inserted_state if one.inserted else "keep", kind=kind, why=why,
-    )  # fmt: skip
+    kept: list[Multiplier] = [one for one in found if one.gains]
+    return *folded(kept, ()), UNFOLDED if lost is not None else ""
 
 
 def _scales(pair: Sized, optimizer: str) -> Scales:
     found = scales_of(pair, RULES[RULE], Options(), spec_for(optimizer, pair.row))
     return Scales(lr=found.lr, weight_decay=found.weight_decay, eps=found.eps, clip=found.clip)
-
-
-def _class(row: Param, one: Any, g: Grown, pair: Sized, choices: Choices) -> tuple[str, str]:
-    if g.why:
-        return "approximate", g.why
-    if one.inserted:
-        return "fresh", IDENTITY
-    if pair.base.name != row.name and row.name in pair.base.aliases:
-        return "approximate", UNTIED
-    if choices.layers and row.block is not None:
-        layers = choices.layers.get(row.stack)
-        if layers is not None and layers.repeats:
-            return "approximate", STACKED
-    return "exact", ""
-
-
-def _new_elements(row: Param, g: Grown, own: Own) -> Fill:
-    """How rows are made that the source does not have: of a vocabulary, the mean of those it has."""
-    if not any(isinstance(part, int) for axis in g.axes for part in axis.segments):
-        return Fill()
-    return Fill(kind="mean", value=1.0) if row.role in ("embedding", "head", "bias") else own.fill(row)
 
 
 def _settled_by(row: Param, source: Side) -> str | None:

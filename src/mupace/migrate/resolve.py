@@ -13,10 +13,10 @@ import torch
 from mupace.errors import CheckpointError, ConfigError, one_of
 from mupace.migrate import script
 from mupace.migrate.companions import config_text, extras, model_class, tokenizer_problem
+from mupace.migrate.depth import layer_maps
 from mupace.migrate.disk import WHOLE, View, disk_layout, on_meta, views_of
 from mupace.migrate.index import digest, index
 from mupace.migrate.index.model import DTYPES, FLOATS, Index
-from mupace.migrate.layers import LayerMap, layer_map
 from mupace.migrate.migration import STATES, Migration, check, checked_noise, config_of, manifest_parent
 from mupace.migrate.planner import Choices, Side, moves_of
 from mupace.migrate.target import target_config
@@ -101,17 +101,12 @@ def plan(
     )
     one, two, source_views, views, text, cls = sides
     small, large = (Side.of(side, inputs, roles, None) for side in (one, two))
-    maps = _layer_maps(small, large, depth_by, layers)
+    maps = layer_maps((one, small.table), (two, large.table), depth_by, layers)
     choices = Choices(
         optimizer=name, layers=maps, pairs=pairs, rename=rename, drop=drop, axes=axes, depth_by=depth_by,
-        inserted_state=inserted_state,
+        inserted_state=inserted_state, approximate=approximate,
     )  # fmt: skip
     moves, dropped, _ = moves_of(small, large, choices)
-    approximately = [move for move in moves if move.kind == "approximate" and "multiple" in move.why]
-    if approximately and not approximate:
-        raise ConfigError(
-            f"{approximately[0].name}: {approximately[0].why}; legal is a whole multiple, or approximate=True"
-        )
     migration = Migration(
         index=found, source_digest=digest(found), model=cls, config=text, changes=_changes(found, text),
         moves=moves, dropped=dropped, views=views, source_views=source_views, optimizer=name, state=state,
@@ -294,18 +289,6 @@ def _refuse_other(found: Index, model: torch.nn.Module, views: Views) -> None:
 def _near(name: str, legal: Any) -> str:
     close = difflib.get_close_matches(name, list(legal), n=3)
     return f"; the nearest are {', '.join(close)}" if close else ""
-
-
-def _layer_maps(small: Side, large: Side, depth_by: str, layers: str | None) -> dict[str | None, LayerMap] | None:
-    """Per stack, which block each block comes from; None where depths agree and nothing is said."""
-    one, two = small.structure.table.depths, large.structure.table.depths
-    if layers is not None:
-        if len(two) != 1:
-            raise ConfigError(f"layers={layers!r}: the model has {len(two)} stacks of blocks; legal is one")
-        return {stack: LayerMap.parse(layers, one[stack], count) for stack, count in two.items()}
-    if one == two:
-        return None
-    return {stack: layer_map(depth_by, one[stack], count) for stack, count in two.items() if stack in one}
 
 
 def _changes(found: Index, text: str) -> dict[str, str]:

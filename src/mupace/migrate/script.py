@@ -188,7 +188,7 @@ def _unfolded(row: Mapping[str, Any], where: str) -> Iterator[Move]:
 
 
 def _common(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    closed = {"class": CLASSES, "state": ("keep", "fresh")}
+    closed = {"class": CLASSES, "state": ("keep", "fresh", "frozen")}
     for key, legal in closed.items():
         if row.get(key, legal[0]) not in legal:
             raise one_of(f"{where}: {key}", row[key], legal)

@@ -28,6 +28,10 @@ _OF_STATE = ("_state_dict", "_load_state_dict")
 """How the names of hooks begin that run when a state is saved or loaded, never in a forward pass."""
 
 
+_GROWS = "_CAN_RECORD_REGISTRY"
+"""A registry of transformers to which every class adds one of its own attributes when it is first built."""
+
+
 class _UnlikeError(Exception):
     """Something that cannot be compared."""
 
@@ -189,7 +193,7 @@ def _contents(names: Mapping[str, object]) -> Iterator[object]:
         yield from (name, value)
         if isinstance(value, FunctionType):
             yield from (value.__code__, value.__defaults__)
-        for entries in _registry(value):
+        for entries in _registry(value) if name != _GROWS else ():
             yield from (*dict.keys(entries), *dict.values(entries))
 
 

@@ -18,10 +18,13 @@ from mupace.migrate.operation import Operation
 BLOCK = 16 << 20
 """Bytes of memory that a block aims at. Larger ones leave the processor's caches, smaller ones wait for the disk more
 often."""
-RESERVE = 12 << 20
+RESERVE = 14 << 20
 """Bytes of `max_memory` that are for everything but blocks: threads, the journal, the allocator's rest."""
 
 _LEAST = 1 << 16
+_KEPT, _MAPPED = 4, 32 << 20
+"""Memory of a thread over that of its block: a block is being hashed while the next one is made, and the allocator keeps
+as much again of what was freed, but for stretches larger than this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +65,15 @@ def budget(operations: list[Operation], tensors: Mapping[str, Entry], max_memory
     costs = {op.target: sum(needed(op, tensors)) for op in operations}
     widest = max(costs, key=lambda name: costs[name], default="")
     least = max(_LEAST, costs.get(widest, 0))
+    share = _KEPT if least < _MAPPED else 2
     for count in range(threads, 0, -1):
-        room = (max_memory - RESERVE) // (count + 1)
+        room = (max_memory - RESERVE) // (share * count)
         if room >= least:
             return Budget(block=max(least, min(BLOCK, room)), threads=count)
     what = f"a row of {widest}" if least > _LEAST else "any work"
-    raise ConfigError(f"max_memory={max_memory}: {what} does not fit; legal are {RESERVE + 2 * least} bytes or more")
+    raise ConfigError(
+        f"max_memory={max_memory}: {what} does not fit; legal are {RESERVE + share * least} bytes or more"
+    )
 
 
 def needed(op: Operation, tensors: Mapping[str, Entry]) -> tuple[int, int]:

@@ -51,14 +51,15 @@ class Source:
             CheckpointError: a file is shorter than it was, or cannot be read.
         """
         entry = self.tensors[name]
-        size = row_bytes(entry)
+        size, dtype = row_bytes(entry), getattr(torch, DTYPES[entry.dtype][0])
+        if not len(indices) * size:
+            return torch.empty((len(indices), *entry.shape[1:]), dtype=dtype)
         buffer = np.empty(len(indices) * size, np.uint8)
         view, filled = buffer.data, 0
         for start, stop in runs(indices):
             length = (stop - start) * size
             self.into(entry, start * size, view[filled : filled + length])
             filled += length
-        dtype = getattr(torch, DTYPES[entry.dtype][0])
         return torch.from_numpy(buffer).view(dtype).reshape(len(indices), *entry.shape[1:])
 
     def into(self, entry: Entry, start: int, view: memoryview) -> None:

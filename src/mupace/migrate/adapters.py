@@ -1,0 +1,48 @@
+"""Low-rank adapters, as peft names them: which pairs a model has, and how a pair goes into its base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mupace.errors import ConfigError
+from mupace.migrate.diff import adapter_pairs
+from mupace.migrate.operation import Merge
+from mupace.params import ParamTable
+
+_B = re.compile(r"(?:.*\.)?lora_B\..*")
+
+
+def drawn_pairs(source: ParamTable, target: ParamTable) -> dict[str, None]:
+    """The tensors of adapters that the target has and the source has not, as `match` reads pairs."""
+    if any(row.role == "adapter" for row in source):
+        return {}
+    return {name: None for pair in adapter_pairs(target).values() for name in pair}
+
+
+def merges(model: torch.nn.Module, source: ParamTable, target: ParamTable) -> dict[str, Merge]:
+    """Base tensor of the source to what is merged into it; {} where the target has adapters too.
+
+    Raises:
+        ConfigError: the module of a pair does not say its scale (alpha / r).
+    """
+    if any(row.role == "adapter" for row in target):
+        return {}
+    return {base: _merge(model, base, a, b) for base, (a, b) in adapter_pairs(source).items()}
+
+
+def _merge(model: torch.nn.Module, base: str, a: str, b: str) -> Merge:
+    module: Any = model.get_submodule(base.removesuffix(".base_layer.weight"))
+    adapter = a.removesuffix(".weight").rpartition(".lora_A.")[2]
+    scaling: Mapping[str, float] = getattr(module, "scaling", {})
+    if adapter not in scaling:
+        raise ConfigError(f"{a}: its module does not say alpha / r (scaling[{adapter!r}]); legal is a model of peft")
+    return Merge(a=a, b=b, scale=float(scaling[adapter]), transposed=bool(getattr(module, "fan_in_fan_out", False)))
+
+
+def is_second(name: str) -> bool:
+    """Whether a tensor is B of a pair, which starts at 0."""
+    return _B.fullmatch(name) is not None
