@@ -55,7 +55,7 @@ class Scale:
     every: int = 20
     batch: int = 16
     length: int = 64
-    rates: tuple[float, ...] = (2**-8, 2**-7, 2**-6, 2**-5)
+    rates: tuple[float, ...] = (2**-9, 2**-8, 2**-7, 2**-6, 2**-5)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 

@@ -62,27 +62,42 @@ def test_uneven_widths_keep_their_own_ratios() -> None:
     ]
 
 
+def wider(hidden: str, heads: str, *ffn: str, **given: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys of a source (those given) and the same twice as wide."""
+    return dict(given), {name: 2 * given[name] for name in (hidden, heads, *ffn)}
+
+
+H, A, F = "hidden_size", "num_attention_heads", "intermediate_size"
+USUAL = wider(H, A, F, hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+GROUPED = wider(
+    H,
+    A,
+    F,
+    "num_key_value_heads",
+    hidden_size=4096,
+    num_attention_heads=32,
+    intermediate_size=14_336,
+    num_key_value_heads=8,
+)
+
+
 @pytest.mark.parametrize(
-    ("model", "cls", "one", "two"),
+    ("model", "cls", "sizes"),
     [
-        ("GPT2LMHeadModel", hf.GPT2Config, {}, {"n_embd": 1536, "n_head": 24}),
-        ("GPTNeoXForCausalLM", hf.GPTNeoXConfig, {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048},
-         {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}),
-        ("OPTForCausalLM", hf.OPTConfig, {}, {"hidden_size": 1536, "word_embed_proj_dim": 1536, "num_attention_heads": 24,
-                                              "ffn_dim": 6144}),
-        ("Gemma2ForCausalLM", hf.Gemma2Config, {}, {"hidden_size": 4608, "num_attention_heads": 16,
-                                                    "num_key_value_heads": 8, "intermediate_size": 18_432}),
-        ("MixtralForCausalLM", hf.MixtralConfig, {}, {"hidden_size": 8192, "num_attention_heads": 64,
-                                                      "num_key_value_heads": 16, "intermediate_size": 28_672}),
-        ("BertForMaskedLM", hf.BertConfig, {}, {"hidden_size": 1536, "num_attention_heads": 24, "intermediate_size": 6144}),
-        ("ViTForImageClassification", hf.ViTConfig, {}, {"hidden_size": 1536, "num_attention_heads": 24,
-                                                         "intermediate_size": 6144}),
+        ("GPT2LMHeadModel", hf.GPT2Config, wider("n_embd", "n_head", n_embd=768, n_head=12)),
+        ("GPTNeoXForCausalLM", hf.GPTNeoXConfig, USUAL),
+        ("OPTForCausalLM", hf.OPTConfig, wider(H, A, "ffn_dim", "word_embed_proj_dim", hidden_size=768,
+                                               num_attention_heads=12, ffn_dim=3072, word_embed_proj_dim=768)),
+        ("Gemma2ForCausalLM", hf.Gemma2Config, GROUPED),
+        ("MixtralForCausalLM", hf.MixtralConfig, GROUPED),
+        ("BertForMaskedLM", hf.BertConfig, USUAL),
+        ("ViTForImageClassification", hf.ViTConfig, USUAL),
     ],
 )  # fmt: skip
-def test_toys_of_other_families_can_be_built(model: str, cls: Any, one: dict[str, Any], two: dict[str, Any]) -> None:
-    small, large = (getattr(hf, model)(config) for config in toys(cls, one, two))
-    sizes = [sum(p.numel() for p in one.parameters()) for one in (small, large)]
-    assert sizes[0] < sizes[1] < 3e5
+def test_toys_of_other_families_can_be_built(model: str, cls: Any, sizes: tuple[dict[str, Any], ...]) -> None:
+    small, large = (getattr(hf, model)(config) for config in toys(cls, *sizes))
+    made = [sum(p.numel() for p in one.parameters()) for one in (small, large)]
+    assert made[0] < made[1] < 5e5
     assert [n for n, _ in small.named_parameters()] == [n for n, _ in large.named_parameters()]
 
 
@@ -145,7 +160,7 @@ def test_muon_in_float64_is_torchs_but_for_its_rounding() -> None:
     start, grads = torch.randn(6, 4, generator=draw), [torch.randn(6, 4, generator=draw) for _ in range(5)]
     made = []
     for cls, dtype in ((torch.optim.Muon, torch.float32), (Muon, torch.float64)):
-        p = torch.nn.Parameter(start.to(dtype))
+        p = torch.nn.Parameter(start.clone().to(dtype))
         one = cls([p], lr=0.1, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
         for grad in grads:
             p.grad = grad.to(dtype)

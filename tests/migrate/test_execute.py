@@ -29,7 +29,7 @@ from mupace.migrate.output import Copy, Outputs, Text, TorchFile, Weights
 
 from migrate.executions import content, indexed, op, small_model, tensors_of, widened  # isort: skip
 
-TIGHT = 14 * 10**6
+TIGHT = 18 * 10**6
 """Bytes of memory that leave less than a megabyte to each block."""
 
 

@@ -97,7 +97,9 @@ def plan(
     sides = (
         _modules(found, model, target)
         if model is not None
-        else _configured(found, target, width, depth, approximate, dtype)
+        else _configured(
+            found, target, width, depth, dtype, approximate=approximate, smaller=layers is not None, tie=bool(drop)
+        )
     )
     one, two, source_views, views, text, cls = sides
     small, large = (Side.of(side, inputs, roles, None) for side in (one, two))
@@ -227,15 +229,16 @@ def _plain(model: torch.nn.Module) -> dict[str, View]:
 
 
 def _configured(
-    found: Index, target: Any, width: Any, depth: Any, approximate: bool, dtype: str | None
-) -> tuple[Any, ...]:
+    found: Index, target: Any, width: Any, depth: Any, dtype: str | None, *, approximate: bool,
+    smaller: bool, tie: bool,
+) -> tuple[Any, ...]:  # fmt: skip
     if found.config is None:
         raise ConfigError(
             f"source={str(found.path)!r} has no config.json; legal is plan(source, model=MODEL, target=LARGER_MODEL)"
         )
     old = config_of(json.dumps(found.config))
     cls = model_class(old)
-    new = target_config(old, target, width=width, depth=depth, approximate=approximate)
+    new = target_config(old, target, width=width, depth=depth, allow_smaller=smaller, approximate=approximate, tie=tie)
     problem = tokenizer_problem(extras(found.path), new)
     if problem:
         raise CheckpointError(problem)

@@ -48,6 +48,7 @@ def target_config(
     depth: Fraction | float | None = None,
     allow_smaller: bool = False,
     approximate: bool = False,
+    tie: bool = False,
 ) -> Any:
     """The whole configuration of the target; the source's is not changed.
 
@@ -63,6 +64,7 @@ def target_config(
         allow_smaller: whether a size may shrink.
         approximate: whether the target may be one that no exact operation leads to: widths that are no whole
             multiples, another head size under rotary positions.
+        tie: whether embeddings that were untied may be tied, which loses the head's own weights.
 
     Raises:
         ConfigError: for nothing or too much asked for, a value the family refuses, another family, a constant of the
@@ -73,7 +75,7 @@ def target_config(
     if isinstance(target, Mapping):
         _keep_head_size(source, made, target)
     _validated(made)
-    _check_function(source, made, approximate)
+    _check_function(source, made, approximate, tie)
     _check_sizes(source, made, allow_smaller, approximate)
     for name in ("architectures", "dtype"):
         if getattr(made, name, None) is None:
@@ -191,10 +193,10 @@ def _validated(config: Any) -> None:
             raise ConfigError(f"target: {type(part).__name__} refuses it: {reason}") from error
 
 
-def _check_function(source: Any, made: Any, approximate: bool) -> None:
+def _check_function(source: Any, made: Any, approximate: bool, tie: bool) -> None:
     """Refuse another family, and constants of the function that differ."""
     for found in _differences(source, made):
-        if not _migrates(found, source, made, approximate):
+        if not _migrates(found, source, made, approximate) and not (tie and found.name == "tie_word_embeddings"):
             said = found.said.replace("the target has", "the target")
             raise ConfigError(f"target: the source has {said}: {_remedy(found.name)}")
     for (prefix, ours), (_, theirs) in zip(configs(source), configs(made), strict=True):
@@ -234,7 +236,7 @@ def _remedy(name: str) -> str:
     return {
         "model_type": "a migration stays within one family",
         "head_dim": "a head with rotary positions keeps its size; change the number of heads, or give approximate=True",
-        "tie_word_embeddings": "tensors that differ cannot be tied; leave them untied",
+        "tie_word_embeddings": "tensors that differ cannot be tied; leave them untied, or drop the head's",
         "layer_types": "a migration keeps the kinds of layers; give layers of the same kinds",
     }.get(name, "it changes the function; make it the same")
 

@@ -112,7 +112,7 @@ class StartSection(Section):
     """Where a run begins that does not begin at random weights: a migrated directory, a checkpoint, or weights."""
 
     checkpoint: Annotated[str, Field(min_length=1)]
-    optimizer: Literal["keep", "reset"] = "keep"
+    optimizer: Literal["keep", "reset", "calibrate"] = "keep"
     position: Literal["fraction", "tokens", "zero"] = "fraction"
     rewarm: Length | None = None
     accept_failed_gate: bool = False

@@ -25,6 +25,8 @@ from torch.nn.utils import get_total_norm
 
 from mupace.errors import CheckpointError, StateError
 from mupace.gradients import Norms
+from mupace.migrate.calibrate import Calibration, calibrate
+from mupace.migrate.resume import restore
 from mupace.pacer import Pacer
 from mupace.record import Record, TensorBoardSink, read, record_file
 from mupace.trainer import checkpoint
@@ -35,7 +37,6 @@ from mupace.trainer.parts import Parts, changed_plan, clock_of, describe, interv
 from mupace.trainer.same import refuse_another_run
 from mupace.trainer.scaling import factors_of
 from mupace.trainer.start import source_loss
-from mupace.trainer.transfer import carry_over
 
 __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
 
@@ -43,6 +44,7 @@ __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of"
 MAX_SKIPS = 50
 # A loss that is not a number has made the weights so; a few in a row are no accident of the log.
 MAX_NOT_FINITE = 5
+CALIBRATION_BATCHES = 4
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -346,10 +348,26 @@ class Trainer:
         origin, begin, start = self.parts.origin, self.parts.begin, self.config.start
         if origin is None or begin is None or start is None:
             return
-        if start.optimizer == "keep":
-            self.lineage["state"] = carry_over(origin.path, self.model, self.parts.optimizers)
+        if start.optimizer != "reset":
+            self.lineage["state"] = restore(origin.path, self.model, *self.parts.optimizers)
         self.pacer.seek(step=begin.step)
         self.sampler.seek(begin.step * self.sampler.batch)
+        if start.optimizer == "calibrate":
+            self.lineage["calibration"] = self._calibrated().to_dict()
+
+    def _calibrated(self) -> Calibration:
+        """The moments beside the gradients of the batches that come next; nothing but the moments is changed."""
+        ahead = Sampler(self.sampler.blocks, batch=self.config.batch.micro, seed=self.config.run.seed)
+        ahead.seek(self.pacer.clock.step * self.sampler.batch)
+
+        def loss() -> torch.Tensor:
+            ids = self.parts.data.train.take(next(ahead)).to(self.parts.device)
+            found: torch.Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            return found
+
+        found = calibrate(self.model, self.parts.optimizers, loss, batches=CALIBRATION_BATCHES, apply=True)
+        self.progress({"message": str(found)})
+        return found
 
     def _show_start(self, record: Record, resumed: int | None) -> None:
         """Record the loss before the first update, with the source's on the same blocks where it is known."""

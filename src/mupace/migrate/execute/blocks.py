@@ -23,8 +23,8 @@ RESERVE = 14 << 20
 
 _LEAST = 1 << 16
 _KEPT, _MAPPED = 4, 32 << 20
-"""Memory of a thread over that of its block: a block is being hashed while the next one is made, and the allocator keeps
-as much again of what was freed, but for stretches larger than this."""
+"""Memory of a thread over that of its block: one block is being hashed while the next one is made, and the allocator
+keeps as much again of what was freed, but for stretches larger than this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ def budget(operations: list[Operation], tensors: Mapping[str, Entry], max_memory
     share = _KEPT if least < _MAPPED else 2
     for count in range(threads, 0, -1):
         room = (max_memory - RESERVE) // (share * count)
-        if room >= least:
+        if room >= (least if count == 1 else 4 * least):  # many rows in fewer threads rather than single ones in many
             return Budget(block=max(least, min(BLOCK, room)), threads=count)
     what = f"a row of {widest}" if least > _LEAST else "any work"
     raise ConfigError(
