@@ -31,7 +31,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers as hf
 
@@ -222,6 +221,11 @@ def hypercloned(bench: Bench, arm: Arm, rate: float, seed: int, best: float) -> 
 MAKERS: dict[str, Callable[..., tuple[Any, Any]]] = {"scratch": scratch, "plan": planned, "hypercloning": hypercloned}
 
 
+def smooth(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Each reading with the two before it: single readings jump."""
+    return [(i, statistics.mean(loss for _, loss in curve[max(0, n - 2) : n + 1])) for n, (i, _) in enumerate(curve)]
+
+
 def reached(curve: list[tuple[int, float]], level: float) -> float:
     """Updates until the loss is at the level, between two readings; infinite if it never is."""
     for (a, above), (b, below) in pairwise(curve):
@@ -264,7 +268,7 @@ def shown(scale: Scale, rows: list[dict[str, Any]]) -> str:
     lines = []
     for grown in ("width", "depth"):
         mine = [row for row in rows if row["grown"] == grown]
-        levels = [curve[-1][1] for curve in mine[0]["curves"]]
+        levels = [smooth(curve)[-1][1] for curve in mine[0]["curves"]]
         paid = cost(scale, grown)
         head = f"{grown} x2: the small run's {scale.small_steps} updates cost {paid:.2f} of training from scratch"
         lines.append(f"{head}; level {statistics.mean(levels):.4f} nats")
@@ -272,16 +276,21 @@ def shown(scale: Scale, rows: list[dict[str, Any]]) -> str:
             f"  {'':38s} {'lr':>8s} {'at growth':>10s} {'worst':>7s} {'end':>7s} {'ratio (seeds)':>26s} {'flops':>6s}"
         )
         for row in mine:
-            steps = [reached(c, level) / scale.steps for c, level in zip(row["curves"], levels, strict=True)]
+            steps = [reached(smooth(c), level) / scale.steps for c, level in zip(row["curves"], levels, strict=True)]
             start = statistics.mean(c[0][1] for c in row["curves"])
             worst = statistics.mean(max(loss for _, loss in c[: len(c) // 2]) for c in row["curves"])
             end = statistics.mean(c[-1][1] for c in row["curves"])
-            text = f"{np.mean(steps):.2f} ({' '.join(f'{s:.2f}' for s in steps)})"
-            total = f"{np.mean(steps) + paid:.2f}" if row["name"] != "from scratch" else "1.00"
+            mean = statistics.mean(steps)
+            text = f"{_short(mean)} ({' '.join(map(_short, steps))})"
+            total = _short(mean + paid) if row["name"] != "from scratch" else "1.00"
             lines.append(
                 f"  {row['name']:38s} {row['rate']:8.4g} {start:10.4f} {worst:7.4f} {end:7.4f} {text:>26s} {total:>6s}"
             )
     return "\n".join(lines)
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio <= 1e9 else "never"
 
 
 def main() -> int:

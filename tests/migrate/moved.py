@@ -56,8 +56,7 @@ def moved(name: str, target: Any, folder: Path, **options: Any) -> Moved:
     """A small run, moved the whole way."""
     family, small, optimizers, plan = planned(name, target, folder, **options)
     out = plan.execute(folder / "out")
-    made = Moved(family=family, small=small, optimizers=optimizers, planned=plan, out=out, large=loaded(family, out))
-    return made
+    return Moved(family=family, small=small, optimizers=optimizers, planned=plan, out=out, large=loaded(family, out))
 
 
 def loaded(family: Family, out: Path) -> Any:

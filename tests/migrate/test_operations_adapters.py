@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mupace import migrate
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
 
 LLAMA = FAMILIES["llama"]
 WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}

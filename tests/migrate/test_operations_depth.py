@@ -15,6 +15,7 @@ from moved import ROUNDING, loaded, moved, planned, states
 from mupace.errors import ConfigError
 from mupace.migrate.depth import layer_maps
 from mupace.migrate.layers import LayerMap
+from mupace.migrate.operation import Fill
 from mupace.migrate.planner import Side
 from mupace.structure import read
 
@@ -61,7 +62,7 @@ def test_a_branch_that_is_not_zeroed_departs(tmp_path: Path) -> None:
 
     def kept(move: Any) -> Any:
         biased = move.kind == "fresh" and move.source is None and move.role == "bias"
-        return replace(move, fill=replace(move.fill, value=0.1)) if biased else move
+        return replace(move, fill=Fill(kind="normal", value=0.1)) if biased else move
 
     wrong = replace(plan, moves=tuple(map(kept, plan.moves)))
     assert wrong.moves != plan.moves

@@ -154,7 +154,7 @@ def _width(real: tuple[int, int], pairs: Sizes, heads: Sizes, length: tuple[int,
     own = next((pairs[path] for path in pairs if last(path) in _LENGTHS), None)
     many = pairs[count]
     if own is not None and real != (many[0] * own[0], many[1] * own[1]):
-        return reduced(real, 24, 8)
+        return reduced(real, 24, math.lcm(*heads[count]))  # some configurations want whole heads all the same
     size = length or _length((real[0] // many[0], real[1] // many[1]))
     return heads[count][0] * size[0], heads[count][1] * size[1]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from mupace.errors import CheckpointError, ConfigError
 from mupace.migrate.axis import AxisMap, compressed
-from mupace.migrate.disk import WHOLE, View
 from mupace.migrate.index.model import DTYPES, Entry, Group, Index, OptimizerIndex
 from mupace.migrate.moves import Move
 from mupace.migrate.operation import Fill, Merge, Noise, Operation
+from mupace.migrate.view import WHOLE, View
 
 POWERS: dict[str, int] = {
     "exp_avg": 1,
@@ -75,7 +75,7 @@ def _of_view(
 ) -> Operation:
     order = view.dims
     shape = tuple(_length(move.shape[dim], view.select[dim]) for dim in order)
-    common = {"target": name, "shape": shape, "kind": move.kind, "why": move.why, "fill": move.fill}
+    common: dict[str, Any] = {"target": name, "shape": shape, "kind": move.kind, "why": move.why, "fill": move.fill}
     if move.source is None:
         return Operation(dtype=usual, **common)
     source = places.get((move.source, view.select))

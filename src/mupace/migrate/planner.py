@@ -156,7 +156,7 @@ class _Plan:
     def _grow(self) -> None:
         table, other = self.target.table, self.source.table
         total = sum(row.numel for row in table) / sum(row.numel for row in other)
-        given, ends = _given_axes(self.target, self.choices.axes), _ends(table)
+        given, owners = _given_axes(self.target, self.choices.axes), _owners(table)
         shared = [_repeats(side) for side in (self.source, self.target)]
         for row in table:
             name = self.found[row.name].source or self.found[row.name].donor
@@ -165,7 +165,8 @@ class _Plan:
             places = [(one.stack, one.block) for one in (other[name], row)]
             split = _split(*(side.get(place, 0) for side, place in zip(shared, places, strict=True)))
             both = (self.source.layouts, self.target.layouts)
-            made = axes_of(_with_ends(row, ends), other[name], both, given.get(row.name), split=split)
+            known = self.target.layouts.get(row.name, ())
+            made = axes_of(_with_ends(row, owners, known), other[name], both, given.get(row.name), split=split)
             self.grown[row.name] = made
             self.pairs[row.name] = sized(row, other[name], made, total)
 
@@ -285,20 +286,20 @@ def _stacks(branch: Branch, table: ParamTable) -> set[str | None]:
     return {table[name].stack for name in branch.names if table[name].block is not None}
 
 
-def _ends(table: ParamTable) -> set[int]:
-    """How many outputs the heads have."""
-    heads = {row.shape[d] for row in table if row.role == "head" for d, kind in enumerate(row.axes) if kind == "out"}
-    tied = {row.shape[d] for row in table if row.aliases for d, kind in enumerate(row.axes) if kind == "index"}
-    return heads | tied
+def _owners(table: ParamTable) -> set[str]:
+    """The modules that give the logits: those of heads, and of the other names of a tied table."""
+    named = [(row.name, *row.aliases) if row.role == "head" else row.aliases for row in table if row.role != "bias"]
+    return {name.rpartition(".")[0] for names in named for name in names}
 
 
-def _with_ends(row: Param, ends: set[int]) -> Param:
-    """Outputs are looked up: more of them are new, not copies."""
-    bias = row.role == "bias" and row.place == "output" and row.shape[0] in ends
-    if not bias and row.role != "head":
+def _with_ends(row: Param, owners: set[str], known: Sequence[Any]) -> Param:
+    """Outputs are looked up: more of them are new, not copies. What a layout is known of is inside the model."""
+    owned = {name.rpartition(".")[0] for name in (row.name, *row.aliases)} & owners
+    if row.role != "head" and not (row.role == "bias" and owned):
         return row
     kinds = row.axes or ("out",) * len(row.shape)
-    return replace(row, axes=tuple("index" if kind == "out" else kind for kind in kinds))
+    open_ = [kind == "out" and (dim >= len(known) or known[dim] is None) for dim, kind in enumerate(kinds)]
+    return replace(row, axes=tuple("index" if new else kind for new, kind in zip(open_, kinds, strict=True)))
 
 
 def _repeats(side: Side) -> dict[tuple[str | None, int | None], int]:

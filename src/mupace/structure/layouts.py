@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import lcm
 
 import numpy as np
@@ -16,6 +18,7 @@ from mupace.structure.buffers import scalar_buffers
 from mupace.structure.flow import Flow, Ids, Site
 from mupace.structure.graph import Graph
 from mupace.structure.inputs import inputs_for
+from mupace.structure.kept import kept_trace
 from mupace.structure.trace import Inputs, trace
 
 _FIELDS = ("space", "group", "member", "inner", "half")
@@ -65,11 +68,12 @@ def layouts(model: torch.nn.Module, *, inputs: Inputs | None = None) -> Mapping[
         ConfigError: for a forward pass that cannot be traced.
     """
     inner = getattr(model, "_orig_mod", model)
-    given = inputs_for(inner) if inputs is None else inputs
-    if given is None:
+    own = inputs_for(inner) if inputs is None else None
+    if inputs is None and own is None:
         raise ConfigError(f"inputs=None: {type(model).__name__} is traced with inputs; legal are those of its forward")
     canonical = {name: row.name for row in total_table(inner, None, "roles") for name in (row.name, *row.aliases)}
-    return layouts_in(Graph(trace(inner, given), scalar_buffers(inner), canonical))
+    traced = trace(inner, inputs) if inputs is not None else kept_trace(inner, own or {})
+    return layouts_in(Graph(traced, scalar_buffers(inner), canonical))
 
 
 def layouts_in(graph: Graph) -> Mapping[str, tuple[Layout | None, ...]]:
@@ -250,6 +254,27 @@ def grown_indices(source: Layout, target: Layout) -> Ids:
     Raises:
         ConfigError: where the two do not pack the same parts, or the target has fewer heads, neurons or positions.
     """
+    return _grown(_Alike(source), _Alike(target))
+
+
+class _Alike:
+    """A layout that equals every other with the same content: layers are alike, and each pair is looked at once."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        arrays = (layout.part, layout.group, layout.member, layout.inner, layout.half)
+        self.content = (layout.space, *(hashlib.sha256(array.tobytes()).digest() for array in arrays))
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Alike) and self.content == other.content
+
+
+@lru_cache(maxsize=64)
+def _grown(one: _Alike, two: _Alike) -> Ids:
+    source, target = one.layout, two.layout
     if set(np.unique(source.part)) != set(np.unique(target.part)) or source.space != target.space:
         raise ConfigError(
             f"target packs parts {_words(target)}; legal are those of the source, {_words(source)}"
@@ -261,6 +286,7 @@ def grown_indices(source: Layout, target: Layout) -> Ids:
     made = np.empty((rows, len(target)), np.int64)
     for part, indices in found.items():
         made[:, target.part == part] = np.repeat(indices, rows // len(indices), axis=0)
+    made.flags.writeable = False
     return made
 
 
