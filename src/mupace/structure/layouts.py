@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from mupace.errors import ConfigError
 from mupace.params.table import total_table
 from mupace.structure.attention import attentions
 from mupace.structure.buffers import scalar_buffers
+from mupace.structure.fields import DEPTH, integers, is_config, last
 from mupace.structure.flow import Flow, Ids, Site
 from mupace.structure.graph import Graph
 from mupace.structure.inputs import inputs_for
 from mupace.structure.kept import kept_trace
+from mupace.structure.resize import shortened
+from mupace.structure.sizes import alike
 from mupace.structure.trace import Inputs, trace
 
 _FIELDS = ("space", "group", "member", "inner", "half")
@@ -68,9 +72,43 @@ def layouts(model: torch.nn.Module, *, inputs: Inputs | None = None) -> Mapping[
         ConfigError: for a forward pass that cannot be traced.
     """
     inner = getattr(model, "_orig_mod", model)
+    short = None if inputs is not None else _of_few_layers(inner)
+    if short is not None:
+        return short
+    return _of_all(inner, inputs)
+
+
+_FEW = (2, 4)
+"""Layers with which a deep model is looked at, if they show every name and shape of the others."""
+
+
+def _of_few_layers(model: torch.nn.Module) -> Mapping[str, tuple[Layout | None, ...]] | None:
+    """The layouts of a deep transformers model, from one with its first layers; None where that would not do."""
+    config: Any = getattr(model, "config", None)
+    deepest = (
+        max((n for path, n in integers(config).items() if last(path) in DEPTH), default=0) if is_config(config) else 0
+    )
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    for count in (n for n in _FEW if n < deepest):
+        try:
+            with torch.device("meta"):
+                few = type(model)(shortened(config, count))
+        except Exception:  # a family may refuse so few layers, in a way of its own
+            continue
+        shapes = {name: tuple(tensor.shape) for name, tensor in few.named_parameters()}
+        if {*map(alike, wanted.items())} <= {*map(alike, shapes.items())}:
+            found = _of_all(few, None)
+            known = {alike((name, shapes[name])): found[name] for name in found}
+            return {
+                name: known[alike((name, shape))] for name, shape in wanted.items() if alike((name, shape)) in known
+            }
+    return None
+
+
+def _of_all(inner: torch.nn.Module, inputs: Inputs | None) -> Mapping[str, tuple[Layout | None, ...]]:
     own = inputs_for(inner) if inputs is None else None
     if inputs is None and own is None:
-        raise ConfigError(f"inputs=None: {type(model).__name__} is traced with inputs; legal are those of its forward")
+        raise ConfigError(f"inputs=None: {type(inner).__name__} is traced with inputs; legal are those of its forward")
     canonical = {name: row.name for row in total_table(inner, None, "roles") for name in (row.name, *row.aliases)}
     traced = trace(inner, inputs) if inputs is not None else kept_trace(inner, own or {})
     return layouts_in(Graph(traced, scalar_buffers(inner), canonical))

@@ -114,12 +114,12 @@ def _attempts(config: Any, build: Callable[[Any], Any], wanted: Shapes) -> Itera
     for layers in (n for n in _SHORT if n < deepest):
         short = shortened(config, layers)
         shapes = _shapes(build, short)
-        if not isinstance(shapes, Exception) and {*map(_kind, wanted.items())} <= {*map(_kind, shapes.items())}:
+        if not isinstance(shapes, Exception) and {*map(alike, wanted.items())} <= {*map(alike, shapes.items())}:
             yield _spread(_labels(short, build, shapes), shapes, wanted)
     yield _labels(config, build, wanted)
 
 
-def _kind(item: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+def alike(item: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
     """What tensors of several layers have in common: the name without numbers, and the shape."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", item[0]), item[1]
 
@@ -128,9 +128,9 @@ def _spread(labels: Labels, shapes: Shapes, wanted: Shapes) -> Labels | None:
     """Labels of a short model for the tensors of the full one; None if tensors that look alike differ."""
     known: dict[object, tuple[str, ...]] = {}
     for item in shapes.items():
-        if known.setdefault(_kind(item), labels[item[0]]) != labels[item[0]]:
+        if known.setdefault(alike(item), labels[item[0]]) != labels[item[0]]:
             return None
-    return {item[0]: known[_kind(item)] for item in wanted.items()}
+    return {item[0]: known[alike(item)] for item in wanted.items()}
 
 
 def _labels(config: Any, build: Callable[[Any], Any], wanted: Shapes) -> Labels:
