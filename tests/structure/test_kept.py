@@ -263,7 +263,7 @@ def test_no_model_is_held() -> None:
     assert [ref() for ref in gone] == [None, None, None]
 
 
-QUICK = ("llama", "gpt2", "t5", "mixtral", "swin")
+QUICK = ("llama", "t5", "swin")
 
 
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in ZOO])

@@ -34,7 +34,7 @@ SYMMETRIC = ("embedding", "position", "norm", "bias")
 """Roles that noise leaves alone: they contract nothing."""
 
 IDENTITY = "what it adds to the residual stream is 0 at first"
-NO_EFFECT = "it is 0 at first, which adds nothing"
+NO_EFFECT = "new, and without effect at first"
 TRAINED_APART = "a tensor without a counterpart in the source"
 UNTIED = "the moments of a tied matrix are sums over both of its uses"
 MERGED = "a pair that was trained beside its frozen base is one matrix with it"
@@ -211,8 +211,8 @@ class _Plan:
         by = _settled_by(row, self.source)
         fill, why = self.own.fill(row, self._contracted(row)), TRAINED_APART
         if row.name in self.zeroed:
-            fill, why = Fill(kind="constant", value=self.zeroed[row.name]), IDENTITY
-        elif self._harmless(row) and row.role == "bias":
+            fill, why = Fill(kind="constant", value=self.zeroed[row.name]), NO_EFFECT
+        elif self._harmless(row):
             why = NO_EFFECT
         return Move(name=row.name, shape=row.shape, role=row.role, source=None, fill=fill, state="fresh",
                     settings_of=by, kind="fresh", why=why)  # fmt: skip
