@@ -120,7 +120,7 @@ def in_float64(model: Any) -> None:
 
 def loss_of(family: Family, model: Any, i: int) -> torch.Tensor:
     """The loss of batch i, in float64 from the logits on."""
-    g = torch.Generator().manual_seed(i)
+    g = torch.Generator().manual_seed(i % 2 if family.kind == "images" else i)  # labels are random: learnt by heart
     if family.kind == "images":
         pixels = torch.randn(6, 3, 8, 8, generator=g, dtype=torch.float64)
         labels = torch.randint(0, 5, (6,), generator=g)

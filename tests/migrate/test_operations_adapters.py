@@ -66,8 +66,10 @@ def test_adapters_are_put_in_without_effect(tmp_path: Path) -> None:
     assert all(float(p.detach().abs().max()) == 0.0 for p in second)
     # peft draws A as torch draws a linear layer: 1/sqrt(3 · fan-in).
     assert all(0.5 < float(p.detach().std()) * (3 * p.shape[1]) ** 0.5 < 1.5 for p in first)
-    fresh = {move.role for move in plan.moves if move.kind == "fresh"}
-    assert fresh == {"adapter"}
+    assert {move.name for move in plan.moves if move.kind == "fresh"} == {
+        name for name, _ in large.named_parameters() if "lora_" in name
+    }
+    assert {move.why for move in plan.moves if move.kind == "approximate"} == {"it is not trained"}
     (optimizer,) = continued(tmp_path / "out", large)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in (*first, *second)}
 
@@ -117,6 +119,6 @@ def test_a_model_grows_with_its_adapters(tmp_path: Path) -> None:
     assert max(abs(x - y) for x, y in zip(ours, theirs, strict=True)) < 1e-6
     wrong = continued(tmp_path / "out", again)
     for group in wrong[0].param_groups:
-        group["lr"] = 1e-2
+        group["lr"] = group["initial_lr"] = 1e-2
     worse = trained(LLAMA, again, wrong, BEFORE, 25)
     assert max(abs(x - y) for x, y in zip(ours, worse, strict=True)) > 1e-5

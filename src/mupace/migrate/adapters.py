@@ -13,12 +13,12 @@ from mupace.migrate.diff import adapter_pairs
 from mupace.migrate.operation import Merge
 from mupace.params import ParamTable
 
-_B = re.compile(r"(?:.*\.)?lora_B\..*")
+_PAIR = re.compile(r"(?:.*\.)?lora_([AB])\..*")
 
 
 def drawn_pairs(source: ParamTable, target: ParamTable) -> dict[str, None]:
     """The tensors of adapters that the target has and the source has not, as `match` reads pairs."""
-    if any(row.role == "adapter" for row in source):
+    if adapter_pairs(source):
         return {}
     return {name: None for pair in adapter_pairs(target).values() for name in pair}
 
@@ -29,7 +29,7 @@ def merges(model: torch.nn.Module, source: ParamTable, target: ParamTable) -> di
     Raises:
         ConfigError: the module of a pair does not say its scale (alpha / r).
     """
-    if any(row.role == "adapter" for row in target):
+    if adapter_pairs(target):
         return {}
     return {base: _merge(model, base, a, b) for base, (a, b) in adapter_pairs(source).items()}
 
@@ -43,6 +43,10 @@ def _merge(model: torch.nn.Module, base: str, a: str, b: str) -> Merge:
     return Merge(a=a, b=b, scale=float(scaling[adapter]), transposed=bool(getattr(module, "fan_in_fan_out", False)))
 
 
-def is_second(name: str) -> bool:
-    """Whether a tensor is B of a pair, which starts at 0."""
-    return _B.fullmatch(name) is not None
+def part(name: str) -> str:
+    """Which of a pair a tensor is, "A" or "B" (which starts at 0); "" for other tensors.
+
+    The operators call a pair beside a query a query: its name says more than its role.
+    """
+    match = _PAIR.fullmatch(name)
+    return match[1] if match else ""

@@ -31,8 +31,8 @@ def between(source: str | Path, target: str | Path, **options: Any) -> tuple[tup
     if found.config is None:
         raise ConfigError(f"source={str(source)!r} has no config.json: legal is plan(source, model=..., target=...)")
     old, new = config_of(json.dumps(found.config)), read_config(target, "target")
-    tables = [read(on_meta(model_class(config), config)).table for config in (old, new)]
-    seen = changes(*tables, old, new)
+    was, is_now = (read(on_meta(model_class(config), config)).table for config in (old, new))
+    seen = changes(was, is_now, old, new)
     made = {"target": new, **arguments(seen), **options}
     if isinstance(made["target"], dict):  # the whole of it is at hand
         made["target"] = new

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mupace.migrate.adapters import is_second
+from mupace.migrate.adapters import part
 from mupace.migrate.operation import Fill
 from mupace.params import Param
 
@@ -36,7 +36,7 @@ class Own:
         draw with one standard deviation at every size and others with 1/sqrt(fan-in). Vectors and tables keep the
         class's own.
         """
-        if row.role == "adapter" and is_second(row.name):
+        if part(row.name) == "B":
             return Fill(kind="constant", value=0.0)
         contracted = [dim for dim, kind in enumerate(row.axes) if kind == "in"]
         tensor = self._drawn(row, _shape(row, contracted, k_in))
@@ -77,7 +77,7 @@ class Own:
         if callable(reset):
             reset()
         init = getattr(self.model, "_init_weights", None)
-        if callable(init) and row.role != "adapter":
+        if callable(init) and not part(row.name):
             init(module)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mupace.errors import ConfigError
-from mupace.migrate.adapters import drawn_pairs, merges
+from mupace.migrate.adapters import drawn_pairs, merges, part
 from mupace.migrate.depth import Branch, branches_of, zeroed
 from mupace.migrate.fresh import Own
 from mupace.migrate.growth import ROTARY, SPREAD, Grown, axes_of, repeats, sized
@@ -198,14 +198,18 @@ class _Plan:
 
     def _harmless(self, row: Param) -> bool:
         """Whether a new tensor leaves the function as it is: a branch that adds 0, a bias of 0, an adapter's pair."""
-        if row.role == "adapter" or row.name in self.zeroed or row.name in self.silent:
+        if part(row.name) or row.name in self.zeroed or row.name in self.silent:
             return True
         return row.role == "bias" and self.own.fill(row) == Fill(kind="constant", value=0.0)
 
     def move(self, row: Param) -> Move:
         """The row of one tensor."""
         made = self._drawn(row) if row.name not in self.pairs else self._moved(row)
-        return made if row.trainable else replace(made, state="frozen", why=made.why or FROZEN)
+        if row.trainable:
+            return made
+        stopped = made.kind == "exact" and self.pairs[row.name].base.trainable
+        kind = "approximate" if stopped else made.kind
+        return replace(made, state="frozen", kind=kind, why=made.why or FROZEN)
 
     def _drawn(self, row: Param) -> Move:
         by = _settled_by(row, self.source)
@@ -271,7 +275,7 @@ class _Plan:
 
 
 def _new(g: Grown) -> bool:
-    return any(isinstance(part, int) for axis in g.axes for part in axis.segments)
+    return any(isinstance(one, int) for axis in g.axes for one in axis.segments)
 
 
 def _by_copies(g: Grown, pair: Sized) -> tuple[Grown, float]:

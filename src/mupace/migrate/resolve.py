@@ -14,12 +14,13 @@ from mupace.errors import CheckpointError, ConfigError, one_of
 from mupace.migrate import script
 from mupace.migrate.companions import config_text, extras, model_class, tokenizer_problem
 from mupace.migrate.depth import layer_maps
-from mupace.migrate.disk import WHOLE, View, disk_layout, on_meta, views_of
+from mupace.migrate.disk import View, disk_layout, on_meta, views_of
 from mupace.migrate.index import digest, index
 from mupace.migrate.index.model import DTYPES, FLOATS, Index
 from mupace.migrate.migration import STATES, Migration, check, checked_noise, config_of, manifest_parent
 from mupace.migrate.planner import Choices, Side, moves_of
 from mupace.migrate.target import target_config
+from mupace.migrate.view import WHOLE
 from mupace.optimizers import OPTIMIZERS
 from mupace.structure.fields import own_fields
 
@@ -219,12 +220,12 @@ def _modules(found: Index, model: torch.nn.Module, target: Any) -> tuple[Any, ..
 def _plain(model: torch.nn.Module) -> dict[str, View]:
     """Every tensor of a state dict is in the file as it is in memory."""
     found = {}
-    for name, tensor in model.named_parameters():
-        found[name] = View(name=name, select=(WHOLE,) * tensor.ndim)
+    for name, parameter in model.named_parameters():
+        found[name] = View(name=name, select=(WHOLE,) * parameter.ndim)
     saved = model.state_dict()
-    for name, tensor in model.named_buffers():
+    for name, buffer in model.named_buffers():
         if name in saved:
-            found[name] = View(name=name, select=(WHOLE,) * tensor.ndim, buffer=True)
+            found[name] = View(name=name, select=(WHOLE,) * buffer.ndim, buffer=True)
     return found
 
 
