@@ -33,7 +33,6 @@ def between(source: str | Path, target: str | Path, **options: Any) -> tuple[tup
     old, new = config_of(json.dumps(found.config)), read_config(target, "target")
     was, is_now = (read(on_meta(model_class(config), config)).table for config in (old, new))
     seen = changes(was, is_now, old, new)
-    made = {"target": new, **arguments(seen), **options}
-    if isinstance(made["target"], dict):  # the whole of it is at hand
-        made["target"] = new
+    made = {**arguments(seen), "target": new, **options}
+    made.pop("adapters", None)  # pairs whose base alone is in the target are merged without being asked
     return tuple(map(str, seen)), plan(source, **made)

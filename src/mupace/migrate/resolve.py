@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mupace.migrate.disk import View, disk_layout, on_meta, views_of
 from mupace.migrate.index import digest, index
 from mupace.migrate.index.model import DTYPES, FLOATS, Index
 from mupace.migrate.migration import STATES, Migration, check, checked_noise, config_of, manifest_parent
+from mupace.migrate.moves import Move
 from mupace.migrate.planner import Choices, Side, moves_of
 from mupace.migrate.target import target_config
 from mupace.migrate.view import WHOLE
@@ -110,6 +112,7 @@ def plan(
         inserted_state=inserted_state, approximate=approximate,
     )  # fmt: skip
     moves, dropped, _ = moves_of(small, large, choices)
+    moves = _with_decay(found, moves)
     migration = Migration(
         index=found, source_digest=digest(found), model=cls, config=text, changes=_changes(found, text),
         moves=moves, dropped=dropped, views=views, source_views=source_views, optimizer=name, state=state,
@@ -162,6 +165,21 @@ def load(path: str | Path, *, source: str | Path | None = None, model: torch.nn.
     )  # fmt: skip
     check(migration)
     return migration
+
+
+DECAYED = "weight decay pulls w, and the gain that carries a multiplier is used as offset + w"
+
+
+def _with_decay(found: Index, moves: tuple[Move, ...]) -> tuple[Move, ...]:
+    """Gains of offset + w (Gemma's) whose group decays follow only approximately where a multiplier is folded in."""
+    groups = (group for one in found.optimizers for group in one.groups)
+    decays = {name for group in groups if group.settings.get("weight_decay") for name in group.names}
+    return tuple(
+        replace(move, kind="approximate", why=DECAYED)
+        if move.offset and move.factor != 1.0 and move.kind == "exact" and move.source in decays
+        else move
+        for move in moves
+    )
 
 
 def _one(given: str, argument: str, legal: Sequence[str]) -> str:

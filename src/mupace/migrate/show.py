@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -45,19 +46,19 @@ def _fill(move: Move) -> str:
 def _weight(move: Move) -> str:
     if move.source is None:
         return ""
-    k = 1.0
-    for dim in move.contracted:
-        k *= move.axes[dim].target / move.axes[dim].source
-    return f"{move.factor / k:.4g}"
+    return f"{move.factor / _growth(move, move.contracted):.4g}"
 
 
 def _moment(move: Move) -> str:
     if move.source is None or move.state == "fresh":
         return "fresh"
-    k = 1.0
-    for dim in move.produced:
-        k *= move.axes[dim].target / move.axes[dim].source
-    return f"{1 / (move.factor * k):.4g}"
+    return f"{1 / (move.factor * _growth(move, move.produced)):.4g}"
+
+
+def _growth(move: Move, dims: Sequence[int]) -> float:
+    """How often elements are copied along some dimensions, on average; new elements are no copies."""
+    kept = (sum(i >= 0 for i in move.axes[dim].indices[0].tolist()) / move.axes[dim].source for dim in dims)
+    return float(math.prod(kept))
 
 
 def _footer(migration: Migration) -> list[str]:
