@@ -95,7 +95,7 @@ def test_larger_heads_that_do_not_turn_are_exact(name: str, target: dict[str, in
     assert made.planned.exact
     assert made.logit_gap < ROUNDING
     assert made.trajectory_gap() < 1e-6
-    assert any(m.factor != 1.0 for m in made.planned.moves if "query" in m.name), "the multiplier of q·k is folded"
+    assert any(m.factor != 1.0 for m in made.planned.moves if m.role == "attention_q"), "q·k is scaled through q"
 
 
 @pytest.mark.slow

@@ -292,7 +292,7 @@ def grown_indices(source: Layout, target: Layout) -> Ids:
     Raises:
         ConfigError: where the two do not pack the same parts, or the target has fewer heads, neurons or positions.
     """
-    return _grown(_Alike(source), _Alike(target))
+    return _grown(_Alike(source), _Alike(target)).copy()
 
 
 class _Alike:
@@ -324,7 +324,6 @@ def _grown(one: _Alike, two: _Alike) -> Ids:
     made = np.empty((rows, len(target)), np.int64)
     for part, indices in found.items():
         made[:, target.part == part] = np.repeat(indices, rows // len(indices), axis=0)
-    made.flags.writeable = False
     return made
 
 
