@@ -41,8 +41,10 @@ NAMES = [
     "coordinate_check",
     "freeze",
     "freeze_parameters",
+    "gate",
     "groups",
     "layer_decay",
+    "migrate",
     "no_decay",
     "optimizer",
     "pace",
@@ -68,7 +70,7 @@ def test_public_names_are_pinned() -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "__version__"])
 def test_public_names_resolve_and_are_documented(name: str) -> None:
     found = getattr(mupace, name)
-    assert found.__module__.startswith("mupace.")
+    assert getattr(found, "__module__", found.__name__).startswith("mupace.")
     assert found.__doc__
     assert not found.__doc__.startswith(f"{name}("), "a dataclass's generated docstring says nothing"
 
@@ -86,7 +88,7 @@ def test_the_readme_runs() -> None:
     """The README's Python, on a real model: the names it leaves to the reader are given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, second, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     import torch
 
     config = LlamaConfig(
@@ -101,6 +103,38 @@ def test_the_readme_runs() -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
     large = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), **sizes, "head_dim": 64}))
     exec(second, {**scope, "model": large})
+
+
+def test_the_readme_grows_a_checkpoint(tmp_path: Path) -> None:
+    """The README's third example, on a small checkpoint: its paths and sizes are given."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from mupace.trainer import checkpoint
+
+    *_, third = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    small = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(mupace.groups(small, lr=1e-3))
+    small(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    source = checkpoint.save(tmp_path, 1, model=small, optimizers=[optimizer], state={})
+    replaced = {"runs/small/step-00004000": str(source), "runs/grown": str(tmp_path / "grown")}
+    replaced |= {'"hidden_size": 2048': '"hidden_size": 32', '"num_attention_heads": 32': '"num_attention_heads": 4'}
+    for old, new in replaced.items():
+        assert old in third
+        third = third.replace(old, new)
+    plan, rest = third.split("optimizer = ", 1)
+    scope: dict[str, object] = {"torch": torch}
+    exec(plan, scope)
+    scope["model"] = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    exec(f"optimizer = {rest}", scope)
+    made = scope["optimizer"]
+    assert isinstance(made, torch.optim.AdamW)
+    assert all(state["step"] == 1 for state in made.state.values())
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:

@@ -25,6 +25,7 @@ from mupace.schedules import Curve, Phase, Schedule, schedule
 from mupace.units import Clock, Horizon, Span
 
 if TYPE_CHECKING:
+    from mupace import gate, migrate
     from mupace.checks import preflight
     from mupace.optimizers import optimizer, register_optimizer
     from mupace.pacer import Pacer
@@ -72,6 +73,8 @@ _LAZY = {
     "unfreeze": "mupace.scales",
 }
 
+_PACKAGES = ("gate", "migrate")
+
 __all__ = [
     "CheckpointError",
     "Clock",
@@ -96,8 +99,10 @@ __all__ = [
     "coordinate_check",
     "freeze",
     "freeze_parameters",
+    "gate",
     "groups",
     "layer_decay",
+    "migrate",
     "no_decay",
     "optimizer",
     "pace",
@@ -118,6 +123,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"mupace.{name}")
     raise AttributeError(f"module 'mupace' has no attribute {name!r}")
 
 
