@@ -108,6 +108,8 @@ def kill_many(
     while seen["kills"] < kills:
         killed(work, draw.uniform(0, 1.05 * whole))
         seen["kills"] += 1
+        if not seen["kills"] % 20:
+            print(f"   {seen['kills']} kills, {seen['wrong']} wrong", flush=True)
         parts = list(place.glob(".out.*.part"))
         seen["with files half written" if parts else "finished" if (place / "out").exists() else "before anything"] += 1
         wrong = problems(place, expected)

@@ -25,11 +25,12 @@ from torch.nn.utils import get_total_norm
 
 from mupace.errors import CheckpointError, StateError
 from mupace.gradients import Norms
-from mupace.migrate.calibrate import Calibration, calibrate
+from mupace.migrate.calibrate import Calibration
 from mupace.migrate.resume import restore
 from mupace.pacer import Pacer
 from mupace.record import Record, TensorBoardSink, read, record_file
 from mupace.trainer import checkpoint
+from mupace.trainer.calibration import calibrated
 from mupace.trainer.config import RunConfig
 from mupace.trainer.data import Sampler
 from mupace.trainer.model import evaluating, generate_text
@@ -360,12 +361,9 @@ class Trainer:
         ahead = Sampler(self.sampler.blocks, batch=self.config.batch.micro, seed=self.config.run.seed)
         ahead.seek(self.pacer.clock.step * self.sampler.batch)
 
-        def loss() -> torch.Tensor:
-            ids = self.parts.data.train.take(next(ahead)).to(self.parts.device)
-            found: torch.Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-            return found
-
-        found = calibrate(self.model, self.parts.optimizers, loss, batches=CALIBRATION_BATCHES, apply=True)
+        ids = [self.parts.data.train.take(next(ahead)).to(self.parts.device) for _ in range(CALIBRATION_BATCHES)]
+        assert self.parts.origin is not None
+        found = calibrated(self.parts.origin.path, self.config, self.model, self.parts.optimizers, ids)
         self.progress({"message": str(found)})
         return found
 
