@@ -191,6 +191,7 @@ class _Gradient:
 def _measured(model: torch.nn.Module, batch_loss: Loss, batches: int) -> dict[str, _Gradient]:
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.grad for name, p in params.items()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     sums: dict[str, torch.Tensor] = {}
     squares: dict[str, list[float]] = {}
     try:
@@ -202,6 +203,9 @@ def _measured(model: torch.nn.Module, batch_loss: Loss, batches: int) -> dict[st
     finally:
         for name, p in params.items():
             p.grad = before[name]
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     if not sums:
         raise ConfigError("batch_loss: its loss depends on no parameter of the model; legal is the model's own loss")
     return {name: _Gradient(total / batches, tuple(squares[name])) for name, total in sums.items()}

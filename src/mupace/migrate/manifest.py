@@ -51,5 +51,6 @@ def add_gate(directory: str | Path, name: str, result: Mapping[str, Any]) -> Non
 
 def failed_gates(directory: str | Path) -> tuple[str, ...]:
     """The gates that a migrated directory has failed; () also for one that was never verified."""
-    gates = read_manifest(directory).get("gates", {})
-    return tuple(name for name, result in gates.items() if not result.get("passed"))
+    manifest = read_manifest(directory)
+    before = tuple(f"{name} of its source" for name in manifest.get("failed_before", ()))
+    return (*before, *(name for name, result in manifest.get("gates", {}).items() if not result.get("passed")))

@@ -52,6 +52,8 @@ class Migration:
     dtype: str | None = None
     shard_bytes: int = 50 * 10**9
     notes: tuple[str, ...] = ()
+    made: str | None = None
+    """Digest of the rows as they were planned, where they were read from a script."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -75,7 +77,24 @@ class Migration:
     @property
     def exact(self) -> bool:
         """Whether the larger model follows the smaller one's run to rounding: every tensor exact, no noise."""
-        return set(self.kinds) == {"exact"} and not self._noisy and self.state == "keep"
+        return (
+            set(self.kinds) == {"exact"} and not (self.edited or self._noisy or self._narrowed) and self.state == "keep"
+        )
+
+    @property
+    def edited(self) -> bool:
+        """Whether a person has changed rows of the script: classes are then what that person says."""
+        return self.made is not None and self.made != self._rows()
+
+    def _rows(self) -> str:
+        return hashlib.sha256(script.dumped({}, self.moves, self.dropped).encode()).hexdigest()[:12]
+
+    @property
+    def _narrowed(self) -> bool:
+        """Whether weights are rounded to fewer bits than they have."""
+        bits = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
+        held = (bits.get(entry.dtype, 0) for entry in self.index.weights.values())
+        return self.dtype is not None and bits.get(self.dtype, 0) < max(held, default=0)
 
     @property
     def _noisy(self) -> bool:
@@ -113,6 +132,7 @@ class Migration:
             "dtype": self.dtype,
             "shard_bytes": self.shard_bytes,
             "notes": list(self.notes),
+            "made": self.made or self._rows(),
             "config": self.config,
             "changes": dict(self.changes),
         }
@@ -145,7 +165,8 @@ class Migration:
         return [TorchFile(name="optimizer.pt", tree={"kinds": kinds, "names": names, "states": trees})]
 
     def _manifest(self) -> dict[str, Any]:
-        own = (self.index.state.get("scales") or {}).get("tensors", {})
+        own = self.index.state.get("scales") or {}
+        own = own.get("tensors", own)  # of a run's state.json, or of a manifest
         return {
             "schema": SCHEMA,
             "source": {"path": str(self.index.path.resolve()), "digest": self.source_digest, "kind": self.index.kind},
@@ -157,6 +178,10 @@ class Migration:
             "clock": self.clock(),
             "scales": {move.name: _composed(move, own) for move in self.moves},
             "classes": self.kinds,
+            "edited": self.edited,
+            "failed_before": [
+                name for name, gate in (self.index.state.get("gates") or {}).items() if not gate.get("passed")
+            ],
             "notes": list(self.notes),
             "gates": {},
         }
@@ -236,8 +261,11 @@ def check(migration: Migration) -> None:
     lost = next((name for name in rows if name not in wanted), None)
     if lost is not None:
         raise ConfigError(f"{lost}: the target has no such tensor; legal are its parameters")
+    known = {name for one in migration.index.optimizers for group in one.groups for name in group.names}
     for move in migration.moves:
         _check_move(move)
+        if move.source is None and known and move.settings_of is not None and move.settings_of not in known:
+            raise ConfigError(f"{move.name}: settings_of={move.settings_of!r}: no param group of the source has it")
     used = {move.source for move in migration.moves}
     held = dict.fromkeys(view.name for view in migration.source_views.values() if not view.buffer)
     left = next((name for name in held if name not in used and name not in migration.dropped), None)
@@ -253,6 +281,11 @@ def _check_move(move: Move) -> None:
     made = tuple(axis.target for axis in move.axes)
     if made != move.shape:
         raise ConfigError(f"{move.name}: its axes make {made}, its shape is {move.shape}")
+    for key, dims in (("contracted", move.contracted), ("produced", move.produced)):
+        if any(not 0 <= dim < len(move.shape) for dim in dims):
+            raise ConfigError(
+                f"{move.name}: {key}={list(dims)}; legal are the numbers of its {len(move.shape)} dimensions"
+            )
 
 
 def manifest_parent(directory: Path) -> str | None:

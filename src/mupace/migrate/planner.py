@@ -18,7 +18,7 @@ from mupace.migrate.layers import LayerMap
 from mupace.migrate.match import Matches, match
 from mupace.migrate.moves import Move
 from mupace.migrate.operation import Fill, Merge
-from mupace.optimizers import spec_for
+from mupace.optimizers import OPTIMIZERS, spec_for
 from mupace.params import Param, ParamTable, matching
 from mupace.scales import Scales
 from mupace.scaling.factors import Options, Sized, scales_of
@@ -49,7 +49,10 @@ TIED = "the head's own weights are lost"
 POST_NORM = "the stream goes through a norm after each sum, so that a layer that adds nothing still changes it"
 UNFOLDED = "what q·k is multiplied by cannot be folded into any tensor"
 
-_ASKED = (SPREAD, ROTARY, POST_NORM, UNFOLDED)
+UNPLACED = "a dimension grows, and where its elements stand is not known"
+ALIBI = "position biases are computed from the number of heads"
+
+_ASKED = (UNPLACED, ALIBI, SPREAD, ROTARY, POST_NORM, UNFOLDED)
 """Reasons that are accepted with approximate=True alone."""
 
 
@@ -75,6 +78,15 @@ class Side:
         return self.structure.table
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """The optimizer of one parameter."""
+
+    optimizer: str
+    """Name in `mupace.optimizers.OPTIMIZERS`."""
+    settings: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """What the user chose."""
@@ -89,6 +101,8 @@ class Choices:
     depth_by: str = "insert"
     inserted_state: str = "fresh"
     approximate: bool = False
+    owners: Mapping[str, Owner] = field(default_factory=dict)
+    """Source's parameter to the optimizer that has it."""
 
 
 def moves_of(source: Side, target: Side, choices: Choices) -> tuple[tuple[Move, ...], dict[str, str], Matches]:
@@ -176,6 +190,7 @@ class _Plan:
         table = self.target.table
         moved = any(branch.moved and _stacks(branch, table) & inserted for branch in branches)
         checks = (
+            (self._alibi(), ALIBI),
             (moved, POST_NORM),
             (any(one.repeats for one in layers), STACKED),
             (any(len(m.used) < n for m, n in self._depths()), REMOVED),
@@ -186,6 +201,19 @@ class _Plan:
         )  # fmt: skip
         said = [why for holds, why in checks if holds]
         return next(iter([*said, *(one.why for one in self.grown.values() if one.changes)]), "")
+
+    def _alibi(self) -> bool:
+        """Whether heads grow whose slopes are made from their number (BLOOM, MPT): a new number makes others."""
+        config = getattr(self.target.model, "config", None)
+        inner = getattr(config, "attn_config", None)
+        slopes = (
+            getattr(config, "model_type", "") == "bloom"
+            or getattr(config, "alibi", False)
+            or getattr(inner, "alibi", False)
+        )
+        heads = [sum(row.role.startswith("attention_q") and not g.axes[d].plain for d in g.produced) for row, g in
+                 ((self.target.table[name], g) for name, g in self.grown.items())]  # fmt: skip
+        return bool(slopes) and any(heads)
 
     def _depths(self) -> list[tuple[LayerMap, int]]:
         depths = self.source.table.depths
@@ -212,32 +240,34 @@ class _Plan:
         return replace(made, state="frozen", kind=kind, why=made.why or FROZEN)
 
     def _drawn(self, row: Param) -> Move:
-        by = _settled_by(row, self.source)
-        fill, why = self.own.fill(row, self._contracted(row)), TRAINED_APART
+        by = _settled_by(row, self.source, self.choices.owners)
+        near = self._neighbour(row)
+        fill, why = self.own.fill(row, near.growth.k_in if near is not None else 1.0), TRAINED_APART
+        scales = Scales() if near is None else _scales(near, self.choices)
         if row.name in self.zeroed:
             fill, why = Fill(kind="constant", value=self.zeroed[row.name]), NO_EFFECT
         elif self._harmless(row):
             why = NO_EFFECT
         return Move(name=row.name, shape=row.shape, role=row.role, source=None, fill=fill, state="fresh",
-                    settings_of=by, kind="fresh", why=why)  # fmt: skip
+                    scales=scales, settings_of=by, kind="fresh", why=why)  # fmt: skip
 
-    def _contracted(self, row: Param) -> float:
-        """By how much what a new matrix contracts has grown: as in the nearest tensor that contracts as many."""
+    def _neighbour(self, row: Param) -> Sized | None:
+        """The nearest tensor that contracts as many as a new matrix does: its growth is the new one's."""
         dims = [dim for dim, kind in enumerate(row.axes) if kind == "in"]
         if not dims:
-            return 1.0
+            return None
         length = row.shape[dims[0]]
         alike = [
             other for other in self.target.table
             if other.name in self.pairs and any(other.shape[d] == length for d in self.grown[other.name].contracted)
         ]  # fmt: skip
         alike.sort(key=lambda other: (other.role != row.role, other.place != row.place, other.block != row.block))
-        return self.pairs[alike[0].name].growth.k_in if alike else 1.0
+        return self.pairs[alike[0].name] if alike else None
 
     def _moved(self, row: Param) -> Move:
         one = self.found[row.name]
         pair = replace(self.pairs[row.name], forward=self.factors.get(row.name, 1.0))
-        scales = _scales(pair, self.choices.optimizer)
+        scales = _scales(pair, self.choices)
         if row.name in self.zeroed:
             return Move(name=row.name, shape=row.shape, role=row.role, source=None, state="fresh", scales=scales,
                         fill=Fill(kind="constant", value=self.zeroed[row.name]), settings_of=pair.base.name,
@@ -257,6 +287,8 @@ class _Plan:
             return "fresh", IDENTITY
         if g.why:
             return "approximate", g.why
+        if self._unplaced(row, pair.base, g):
+            return "approximate", UNPLACED
         if self.whole:
             return "approximate", self.whole
         if pair.base.aliases and not row.aliases:
@@ -266,6 +298,19 @@ class _Plan:
         if _new(g) and (row.role == "head" or row.aliases or (row.role == "bias" and row.place == "output")):
             return "approximate", OUTPUTS
         return "exact", ""
+
+    def _unplaced(self, row: Param, other: Param, g: Grown) -> bool:
+        """Whether a dimension grows of which nobody knows where its elements stand."""
+        known = self.target.layouts.get(row.name, ())
+        for dim, (axis, kind) in enumerate(zip(g.axes, row.axes or ("out",) * len(row.shape), strict=True)):
+            if axis.plain or (dim < len(known) and known[dim] is not None):
+                continue
+            if any(isinstance(one, int) for one in axis.segments):
+                if dim > 0 or row.role not in ("embedding", "position", "head", "bias"):
+                    return True
+            elif kind in ("in", "out") and self.target.structure.traced and self.choices.axes is None:
+                return True
+        return False
 
     def _new_elements(self, row: Param, g: Grown) -> Fill:
         """How rows are made that the source does not have: of a vocabulary, the mean of those it has."""
@@ -326,12 +371,12 @@ def _refuse(rows: Sequence[Move], whole: str, choices: Choices) -> None:
     """What is approximate in a way that one may not have meant must be asked for."""
     if choices.approximate:
         return
-    if whole in (POST_NORM, UNFOLDED):
-        legal = "another depth_by" if whole == POST_NORM else "heads of the same size"
+    if whole in (POST_NORM, UNFOLDED, ALIBI):
+        legal = {POST_NORM: "another depth_by", ALIBI: "as many heads"}.get(whole, "heads of the same size")
         raise ConfigError(f"{whole}; legal is {legal}, or approximate=True")
     for row in rows:
-        if row.why in (SPREAD, ROTARY):
-            legal = "a whole multiple" if row.why == SPREAD else "heads of the same size"
+        if row.why in (SPREAD, ROTARY, UNPLACED):
+            legal = {SPREAD: "a whole multiple", UNPLACED: "axes= that say it"}.get(row.why, "heads of the same size")
             raise ConfigError(f"{row.name}: {row.why}; legal is {legal}, or approximate=True")
 
 
@@ -390,14 +435,17 @@ def _multipliers(
     return *folded(kept, ()), UNFOLDED if lost is not None else ""
 
 
-def _scales(pair: Sized, optimizer: str) -> Scales:
-    found = scales_of(pair, RULES[RULE], Options(), spec_for(optimizer, pair.row))
+def _scales(pair: Sized, choices: Choices) -> Scales:
+    """For the optimizer that has the source's tensor, with its own settings."""
+    owner = choices.owners.get(pair.base.name)
+    spec = spec_for(choices.optimizer, pair.row) if owner is None else OPTIMIZERS[owner.optimizer]
+    found = scales_of(pair, RULES[RULE], Options(), spec, {} if owner is None else owner.settings)
     return Scales(lr=found.lr, weight_decay=found.weight_decay, eps=found.eps, clip=found.clip)
 
 
-def _settled_by(row: Param, source: Side) -> str | None:
+def _settled_by(row: Param, source: Side, owners: Mapping[str, Owner]) -> str | None:
     """The source's tensor whose param group a new one joins: of the same role, else of as many dimensions."""
-    table = source.structure.table
+    table = [other for other in source.structure.table if other.name in owners] or list(source.structure.table)
     same = [other for other in table if other.role == row.role and len(other.shape) == len(row.shape)]
     close = same or [other for other in table if len(other.shape) == len(row.shape)] or list(table)
     return close[-1].name

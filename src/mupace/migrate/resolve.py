@@ -20,7 +20,7 @@ from mupace.migrate.index import digest, index
 from mupace.migrate.index.model import DTYPES, FLOATS, Index
 from mupace.migrate.migration import STATES, Migration, check, checked_noise, config_of, manifest_parent
 from mupace.migrate.moves import Move
-from mupace.migrate.planner import Choices, Side, moves_of
+from mupace.migrate.planner import Choices, Owner, Side, moves_of
 from mupace.migrate.target import target_config
 from mupace.migrate.view import WHOLE
 from mupace.optimizers import OPTIMIZERS
@@ -109,7 +109,7 @@ def plan(
     maps = layer_maps((one, small.table), (two, large.table), depth_by, layers)
     choices = Choices(
         optimizer=name, layers=maps, pairs=pairs, rename=rename, drop=drop, axes=axes, depth_by=depth_by,
-        inserted_state=inserted_state, approximate=approximate,
+        inserted_state=inserted_state, owners=_owners(found, name), approximate=approximate,
     )  # fmt: skip
     moves, dropped, _ = moves_of(small, large, choices)
     moves = _with_decay(found, moves)
@@ -141,6 +141,10 @@ def load(path: str | Path, *, source: str | Path | None = None, model: torch.nn.
     except OSError as error:
         raise ConfigError(f"script {str(path)!r} cannot be read: {error.strerror}") from None
     head, moves, dropped = script.loaded(text, str(path))
+    known = (*_HEAD, "changes")
+    unknown = next((key for key in head if key not in known), None)
+    if unknown is not None:
+        raise one_of(f"{path}: key", unknown, known)
     needed = ("source", "source_digest", "model", "optimizer", "state", "noise", "noise_level", "seed", "config")
     missing = next((key for key in needed if key not in head), None)
     if missing is not None:
@@ -155,10 +159,12 @@ def load(path: str | Path, *, source: str | Path | None = None, model: torch.nn.
         if model is None or target is None:
             raise ConfigError(f"{path}: it is for plain modules; legal is load(path, model=..., target=...)")
         source_views, views = _plain(model), _plain(target)
+    _check_shapes(moves, target if not head["config"] else on_meta(cls, config_of(head["config"])))
     migration = Migration(
         index=found, source_digest=head["source_digest"], model=head["model"], config=head["config"],
         changes=head.get("changes", {}), moves=moves, dropped=dropped, views=views, source_views=source_views,
-        optimizer=head["optimizer"], state=_one(head["state"], "state", STATES),
+        optimizer=_optimizer(found, str(head["optimizer"])), made=head.get("made"),
+        state=_one(head["state"], "state", STATES),
         noise=checked_noise(head["noise_level"], head["noise"]), seed=int(head["seed"]), dtype=head.get("dtype"),
         shard_bytes=int(head.get("shard_bytes", 50 * 10**9)), notes=tuple(head.get("notes", ())),
         lineage={"parent": manifest_parent(found.path)},
@@ -182,6 +188,22 @@ def _with_decay(found: Index, moves: tuple[Move, ...]) -> tuple[Move, ...]:
     )
 
 
+_HEAD = (
+    *("schema", "source", "source_digest", "model", "optimizer", "state", "noise", "noise_level", "seed", "dtype"),
+    *("shard_bytes", "notes", "made", "config"),
+)
+
+
+def _check_shapes(moves: tuple[Move, ...], target: Any) -> None:
+    """Refuse rows of other shapes than the target's configuration makes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in target.named_parameters()}
+    for move in moves:
+        if move.name in shapes and shapes[move.name] != move.shape:
+            raise ConfigError(
+                f"{move.name}: its shape is {move.shape}; with the script's configuration it is {shapes[move.name]}"
+            )
+
+
 def _one(given: str, argument: str, legal: Sequence[str]) -> str:
     if given not in legal:
         raise one_of(argument, given, legal)
@@ -196,12 +218,18 @@ def _words(depth_by: str, state: str, inserted_state: str) -> None:
 
 def _optimizer(found: Index, given: str | None) -> str:
     """The optimizer's name: as the user says, as the run's configuration or its class says, or as its settings show."""
+    kinds = [_kind(one) for one in found.optimizers]
     if given is not None:
-        return _one(given, "optimizer", tuple(OPTIMIZERS))
-    own = (found.state.get("config") or {}).get("optimizer", {}).get("name")
+        _one(given, "optimizer", tuple(OPTIMIZERS))
+        legal = {given, OPTIMIZERS[given].rest}
+        other = next((kind for kind in kinds if kind is not None and kind not in legal), None)
+        if other is not None:
+            raise ConfigError(f"optimizer={given!r}: the checkpoint has the state of {other}; legal is to leave it out")
+        return given
+    own = (found.state.get("config") or {}).get("optimizer", found.state.get("optimizer"))
+    own = own.get("name") if isinstance(own, Mapping) else own
     if own in OPTIMIZERS:
         return str(own)
-    kinds = [_kind(one) for one in found.optimizers]
     if not kinds:
         return "adamw"
     if None in kinds:
@@ -209,6 +237,16 @@ def _optimizer(found: Index, given: str | None) -> str:
             f"optimizer: the checkpoint does not say which it is; legal is optimizer=, one of {', '.join(OPTIMIZERS)}"
         )
     return "muon" if "muon" in kinds else str(kinds[0])
+
+
+def _owners(found: Index, name: str) -> dict[str, Owner]:
+    """Parameter to the optimizer that has it, where there are several or its settings matter."""
+    owners: dict[str, Owner] = {}
+    for one in found.optimizers:
+        kind = _kind(one) or name
+        for group in one.groups:
+            owners |= dict.fromkeys(group.names, Owner(optimizer=kind, settings=group.settings))
+    return owners
 
 
 def _kind(one: Any) -> str | None:

@@ -77,7 +77,8 @@ def restore(directory: str | Path, model: Any, *optimizers: Optimizer) -> dict[s
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     own = [name for group in names for name in group]
     fresh = [name for name in own if not kept[name].state]
-    return {"kept": len(own) - len(fresh), "fresh": fresh, "differ": _differing(saved, optimizers)}
+    unused = [name for name in kept if name not in own]
+    return {"kept": len(own) - len(fresh), "fresh": fresh, "unused": unused, "differ": _differing(saved, optimizers)}
 
 
 def _names(model: Any, optimizer: Optimizer) -> list[str]:

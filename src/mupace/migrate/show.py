@@ -71,6 +71,8 @@ def _footer(migration: Migration) -> list[str]:
     lines = [f"{key}: {value}" for key, value in migration.changes.items()]
     lines += [f"not used: {name} ({reason})" for name, reason in migration.dropped.items()]
     lines.append(", ".join(f"{count} {kind}" for kind, count in migration.kinds.items()) + f"; {_state(migration)}")
+    if migration.edited:
+        lines.append("edited by hand: what is exact is as the script says, and not claimed")
     if noisy:
         lines.append(f"{migration.noise.kind} noise of {migration.noise.level:g} on {noisy} tensors")
     lines.append(f"reads {_size(read)}, writes {_size(written)}; free at the source: {_size(free)}")

@@ -259,6 +259,8 @@ def beginning_of(config: RunConfig, origin: Origin, curve: Curve) -> Beginning:
         raise ConfigError(f"{asked}: {origin.path} holds no clock; legal is 'zero'")
     if h.steps is None:
         raise ConfigError(f"{asked}: schedule.total={config.schedule.total!r} has no known rate; legal is 'zero'")
+    if position == "tokens" and clock["tokens"] is None:
+        raise ConfigError(f"{asked}: {origin.path} does not know how many tokens its source saw; legal is 'zero'")
     if position == "tokens":
         made = Beginning(step=round(float(h.to_steps(clock["tokens"], "token"))), why=f"{clock['tokens']:,} tokens")
     else:
