@@ -103,9 +103,14 @@ def kill_many(
 ) -> Counter[str]:
     """How often what happened; "wrong" counts what must not happen."""
     draw, seen = random.Random(0), Counter[str]()
-    whole = finished(work)
-    clear(place)
+    whole = 0.0
     while seen["kills"] < kills:
+        if (
+            not any(place.iterdir()) and seen["kills"] >= 20 * seen["timed"]
+        ):  # a machine is not equally busy all the time
+            whole = finished(work)
+            seen["timed"] += 1
+            clear(place)
         killed(work, draw.uniform(0, 1.05 * whole))
         seen["kills"] += 1
         if not seen["kills"] % 20:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from grown_families import Family, in_float64, loss_of, rate
 
 import mupace
-from grown_families import Family, in_float64, loss_of, rate
 from mupace.migrate import groups, restore
 from mupace.trainer import checkpoint
 

@@ -106,7 +106,9 @@ class TestWeightsAlone:
         assert record.of_type("start")[0]["loss"] == next(r["loss"] for r in run_of("source").evals if r["step"] == 4)
         with pytest.raises(ConfigError, match=r"start.position='fraction': .* holds no clock; legal is 'zero'"):
             prepare(started(source(), place))
-        with pytest.raises(ConfigError, match=r"holds no optimizer.pt: legal is a fresh state .start.optimizer='reset'"):
+        with pytest.raises(
+            ConfigError, match=r"holds no optimizer.pt: legal is a fresh state .start.optimizer='reset'"
+        ):
             train(started(source(), place, position="zero"), "kept")
         assert not Path("kept").exists()
 
