@@ -90,7 +90,8 @@ def test_every_option_is_explained() -> None:
     for name in COMMANDS:
         command = app[name]
         assert isinstance(command, App)
-        for argument in command.assemble_argument_collection(parse_docstring=True):
+        verbs = [command[verb] for verb in command if not verb.startswith("-")] or [command]
+        for argument in (a for verb in verbs for a in verb.assemble_argument_collection(parse_docstring=True)):
             if argument.show:
                 assert argument.parameter.help, f"mupace {name}: {argument.name} has no help"
 
