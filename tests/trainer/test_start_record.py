@@ -29,7 +29,7 @@ class TestRecord:
         lineage = record.header["start"]
         assert (lineage["path"], lineage["kind"], lineage["plan"]) == ("grown", "migrated", "0123456789ab")
         assert (lineage["position"], lineage["why"]) == ("fraction", "4 of the source's 8 steps")
-        assert lineage["state"] == {"kept": len(weights("next")), "fresh": [], "differ": {}}
+        assert lineage["state"] == {"kept": len(weights("next")), "fresh": [], "unused": [], "differ": {}}
         (row,) = record.of_type("start")
         at = next(row for row in run_of("source").evals if row["step"] == 4)
         assert row["loss"] == at["loss"]
