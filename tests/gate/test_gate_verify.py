@@ -15,6 +15,7 @@ from mupace import migrate
 from mupace.errors import CheckpointError, ConfigError
 from mupace.gate import verify
 from mupace.migrate.manifest import failed_gates, read_manifest
+from mupace.trainer.tokens import file_sha256
 
 LOOSE = {"fluctuation": 0.5, "deviation": 5.0, "perplexity": 0.5, "exact_match": 0.0, "f1": 0.0}
 
@@ -44,6 +45,11 @@ def test_a_spoilt_weight_fails_the_logits_and_the_manifest_says_so() -> None:
     weights = load_file(root / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.05
     save_file(weights, root / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not the file"):
+        verify(root, twin=False, text="text.txt", cache=Path("cache"))
+    manifest = read_manifest(root)  # as if the execution had made it so
+    manifest["files"]["model.safetensors"]["sha256"] = file_sha256(root / "model.safetensors")
+    (root / "migration.json").write_text(json.dumps(manifest))
     found = verify(root, twin=False, text="text.txt", cache=Path("cache"))
     assert found.exit_code == 1
     assert failed_gates(root) == ("logits",)

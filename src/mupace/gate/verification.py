@@ -101,7 +101,7 @@ def verify(
     if not (twin or logits or steps):
         raise ConfigError("twin=False, logits=False and no training: nothing is left to look at; legal is one of them")
     root = Path(directory)
-    read_manifest(root)
+    _same_files(root, read_manifest(root))
     plan = migrate.load(root / SCRIPT, source=source)
     say = progress or (lambda row: None)
     wanted = {
@@ -129,6 +129,15 @@ def verify(
     return Verification(directory=root, gates=gates, left_out=left)
 
 
+def _same_files(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a directory whose files are not those that were written."""
+    from mupace.trainer.tokens import file_sha256
+
+    for name, want in manifest.get("files", {}).items():
+        if not (root / name).is_file() or file_sha256(root / name) != want["sha256"]:
+            raise CheckpointError(f"{root}: {name} is not the file that was written; legal is to run the script again")
+
+
 class _LeftOut(Exception):
     """A gate that cannot be looked at, and why."""
 
@@ -136,6 +145,8 @@ class _LeftOut(Exception):
 def _twin(plan: Migration, tolerance: float) -> TwinGate:
     from mupace.migrate.migration import config_of
 
+    if plan.edited:
+        raise _LeftOut("the script was edited by hand, and a toy would prove the plan as it was made")
     if not plan.config or plan.index.config is None:
         raise _LeftOut("the source is a plain state dict, of which no toy can be made")
     pair = config_of(json.dumps(dict(plan.index.config))), config_of(plan.config)
