@@ -128,6 +128,36 @@ def test_a_failed_gate_is_not_forgotten_by_migrating_again(tmp_path: Path) -> No
     second = migrate.plan(first, width=2).execute(tmp_path / "c")
     assert failed_gates(second) == ("training of its source",)
 
+    third = migrate.plan(second, width=2).execute(tmp_path / "d")
+    assert failed_gates(third) == ("training of its source",)
+    clean = migrate.plan(path, width=2).execute(tmp_path / "clean")
+    assert failed_gates(migrate.plan(clean, width=2).execute(tmp_path / "from clean")) == ()
+
+
+def test_a_tokenizer_of_the_targets_folder_must_be_the_sources(tmp_path: Path) -> None:
+    path, *_ = small_run(LLAMA, "adamw", tmp_path / "run")
+    other = tmp_path / "other"
+    LLAMA.build(hidden_size=32, num_attention_heads=8).save_pretrained(other)
+    text = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}})
+    (path / "tokenizer.json").write_text(text)
+    (other / "tokenizer.json").write_text(text)
+    assert migrate.plan(path, other).kinds
+    (other / "tokenizer.json").write_text(text.replace('"a": 0, "b": 1', '"b": 0, "a": 1'))
+    with pytest.raises(CheckpointError, match="ids would mean other tokens"):
+        migrate.plan(path, other)
+
+
+def test_the_least_memory_is_enough_and_less_is_refused(tmp_path: Path) -> None:
+    from mupace.migrate.execute import least
+
+    path, *_ = small_run(LLAMA, "adamw", tmp_path / "run")
+    planned = migrate.plan(path, width=2)
+    needed = least(planned.outputs(), planned.index)
+    assert "memory: " in str(planned)
+    with pytest.raises(ConfigError, match=f"legal are {needed} bytes"):
+        planned.execute(tmp_path / "less", max_memory=needed - 1)
+    assert planned.execute(tmp_path / "enough", max_memory=needed).is_dir()
+
 
 def test_state_that_nobody_takes_is_named(tmp_path: Path) -> None:
     path, *_ = small_run(LLAMA, "adamw", tmp_path)

@@ -51,7 +51,6 @@ class Migration:
     seed: int = 0
     dtype: str | None = None
     shard_bytes: int = 50 * 10**9
-    notes: tuple[str, ...] = ()
     made: str | None = None
     """Digest of the rows as they were planned, where they were read from a script."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
@@ -121,7 +120,7 @@ class Migration:
 
     def _head(self) -> dict[str, Any]:
         return {
-            "source": str(self.index.path),
+            "source": str(self.index.path.resolve()),
             "source_digest": self.source_digest,
             "model": self.model,
             "optimizer": self.optimizer,
@@ -131,7 +130,6 @@ class Migration:
             "seed": self.seed,
             "dtype": self.dtype,
             "shard_bytes": self.shard_bytes,
-            "notes": list(self.notes),
             "made": self.made or self._rows(),
             "config": self.config,
             "changes": dict(self.changes),
@@ -179,17 +177,26 @@ class Migration:
             "scales": {move.name: _composed(move, own) for move in self.moves},
             "classes": self.kinds,
             "edited": self.edited,
-            "failed_before": [
-                name for name, gate in (self.index.state.get("gates") or {}).items() if not gate.get("passed")
-            ],
-            "notes": list(self.notes),
+            "failed_before": self._failed_before(),
             "gates": {},
         }
 
     def clock(self) -> dict[str, Any]:
         """Where the source's run stood: its own clock where it kept one, else steps and tokens."""
-        clock = self.index.state.get("clock")
-        return dict(clock) if isinstance(clock, Mapping) else {"step": self.index.step, "tokens": self.index.tokens}
+        state = self.index.state
+        if isinstance(state.get("clock"), Mapping):
+            return dict(state["clock"])
+        clock = {"step": self.index.step, "tokens": self.index.tokens}
+        total = state.get("max_steps")  # of transformers' Trainer
+        if self.index.step is None or not isinstance(total, int) or total < 1:
+            return clock
+        return {**clock, "budget": {"unit": "step", "length": float(total), "total": f"{total} steps", "steps": total}}
+
+    def _failed_before(self) -> list[str]:
+        """The gates that the source, or what it was made from, has failed."""
+        gates = self.index.state.get("gates") or {}
+        mine = [name for name, gate in gates.items() if not gate.get("passed")]
+        return list(dict.fromkeys([*self.index.state.get("failed_before", ()), *mine]))
 
     def execute(
         self,

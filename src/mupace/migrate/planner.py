@@ -97,7 +97,6 @@ class Choices:
     rename: Mapping[str, str] | None = None
     drop: Sequence[str] = ()
     axes: Mapping[str, Sequence[str]] | None = None
-    noise: bool = True
     depth_by: str = "insert"
     inserted_state: str = "fresh"
     approximate: bool = False
@@ -277,7 +276,7 @@ class _Plan:
         return Move(
             name=row.name, shape=row.shape, role=row.role, source=pair.base.name, axes=g.axes,
             contracted=g.contracted, produced=g.produced, factor=factor, offset=self.offsets.get(row.name, 0.0),
-            scales=scales, noise=self.choices.noise and row.role not in SYMMETRIC,
+            scales=scales, noise=row.role not in SYMMETRIC,
             fill=self._new_elements(row, g), state=self.choices.inserted_state if one.inserted else "keep",
             merge=self.merged.get(pair.base.name), kind=kind, why=why,
         )  # fmt: skip

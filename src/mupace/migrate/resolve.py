@@ -149,7 +149,10 @@ def load(path: str | Path, *, source: str | Path | None = None, model: torch.nn.
     missing = next((key for key in needed if key not in head), None)
     if missing is not None:
         raise ConfigError(f"{path}: {missing} is missing")
-    found = index(source or head["source"], model=model)
+    where = Path(source or head["source"])
+    if not where.exists():
+        raise CheckpointError(f"{path}: its source {where} is not there; legal is source= (--source), where it is now")
+    found = index(where, model=model)
     if head["config"]:
         old = config_of(json.dumps(found.config))
         cls = model_class(old)
@@ -166,7 +169,7 @@ def load(path: str | Path, *, source: str | Path | None = None, model: torch.nn.
         optimizer=_optimizer(found, str(head["optimizer"])), made=head.get("made"),
         state=_one(head["state"], "state", STATES),
         noise=checked_noise(head["noise_level"], head["noise"]), seed=int(head["seed"]), dtype=head.get("dtype"),
-        shard_bytes=int(head.get("shard_bytes", 50 * 10**9)), notes=tuple(head.get("notes", ())),
+        shard_bytes=int(head.get("shard_bytes", 50 * 10**9)),
         lineage={"parent": manifest_parent(found.path)},
     )  # fmt: skip
     check(migration)
@@ -190,7 +193,7 @@ def _with_decay(found: Index, moves: tuple[Move, ...]) -> tuple[Move, ...]:
 
 _HEAD = (
     *("schema", "source", "source_digest", "model", "optimizer", "state", "noise", "noise_level", "seed", "dtype"),
-    *("shard_bytes", "notes", "made", "config"),
+    *("shard_bytes", "made", "config"),
 )
 
 
@@ -299,9 +302,26 @@ def _configured(
     problem = tokenizer_problem(extras(found.path), new)
     if problem:
         raise CheckpointError(problem)
+    if isinstance(target, (str, Path)):
+        _refuse_tokenizer(found, Path(target))
     text = config_text(new, architecture=cls, dtype=_dtype(found, dtype))
     one, two = on_meta(cls, old), on_meta(cls, new)
     return one, two, _views(found, cls, old), disk_layout(cls, new), text, cls.__name__
+
+
+def _refuse_tokenizer(found: Index, target: Path) -> None:
+    """A target's folder may have a tokenizer: the ids of the source's must mean the same there."""
+    ours = {file.name: file for file in found.files}
+    for file in extras(target):
+        if file.name in ours and file.name in _IDS and file.read_bytes() != ours[file.name].read_bytes():
+            raise CheckpointError(
+                f"target={str(target)!r}: its {file.name} is not the source's: ids would mean other tokens; legal is "
+                "the source's tokenizer, or a folder without one"
+            )
+
+
+_IDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "added_tokens.json")
+"""Files that say what an id means."""
 
 
 def _dtype(found: Index, given: str | None) -> torch.dtype:

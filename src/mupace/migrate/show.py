@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mupace.migrate import expand
+from mupace.migrate.execute import least
+from mupace.migrate.index.show import bytes_text
 from mupace.migrate.script import folded, joined
 
 if TYPE_CHECKING:
@@ -75,7 +77,12 @@ def _footer(migration: Migration) -> list[str]:
         lines.append("edited by hand: what is exact is as the script says, and not claimed")
     if noisy:
         lines.append(f"{migration.noise.kind} noise of {migration.noise.level:g} on {noisy} tensors")
-    lines.append(f"reads {_size(read)}, writes {_size(written)}; free at the source: {_size(free)}")
+    lines.append(
+        f"disk: reads {bytes_text(read)}, writes {bytes_text(written)}; free beside the source {bytes_text(free)}"
+    )
+    lines.append(
+        f"memory: {bytes_text(least(outputs, migration.index))} at the least, 1 GB unless --max-memory says less"
+    )
     return lines
 
 
@@ -83,10 +90,3 @@ def _state(migration: Migration) -> str:
     if not migration.index.optimizers:
         return "no optimizer state in the source"
     return f"state of {migration.optimizer}: {'rescaled' if migration.state == 'keep' else 'reset'}"
-
-
-def _size(n: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n} B"

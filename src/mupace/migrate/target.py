@@ -250,7 +250,7 @@ def _check_sizes(source: Any, made: Any, allow_smaller: bool, approximate: bool)
         if new < old and not allow_smaller and not free:
             raise ConfigError(
                 f"target: {path}={new} is smaller than the source's {old}; "
-                f"legal is {old} or more, or allow_smaller=True"
+                f"legal is {old} or more (layers may be left out: layers='0-2')"
             )
         if name in WIDTH and new > old and new % old and not approximate and not free:
             low = new - new % old

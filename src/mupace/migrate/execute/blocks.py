@@ -54,6 +54,12 @@ class Block:
     stop: int
 
 
+def smallest(operations: list[Operation], tensors: Mapping[str, Entry]) -> int:
+    """The least `max_memory` with which these operations can be done: two threads' overhead apart, one row of each."""
+    row = max(_LEAST, max((sum(needed(op, tensors)) for op in operations), default=0))
+    return RESERVE + (_KEPT if row < _MAPPED else 2) * row
+
+
 def budget(operations: list[Operation], tensors: Mapping[str, Entry], max_memory: int, threads: int) -> Budget:
     """Memory for each block; fewer threads where the bound asks for it.
 
@@ -72,7 +78,7 @@ def budget(operations: list[Operation], tensors: Mapping[str, Entry], max_memory
             return Budget(block=max(least, min(BLOCK, room)), threads=count)
     what = f"a row of {widest}" if least > _LEAST else "any work"
     raise ConfigError(
-        f"max_memory={max_memory}: {what} does not fit; legal are {RESERVE + share * least} bytes or more"
+        f"max_memory={max_memory}: {what} does not fit; legal are {smallest(operations, tensors)} bytes or more"
     )
 
 

@@ -28,7 +28,7 @@ from mupace.errors import ConfigError, StateError
 from mupace.files import write_whole
 from mupace.migrate.arithmetic import Transform
 from mupace.migrate.execute.archive import joined
-from mupace.migrate.execute.blocks import Block, Budget, blocks, budget, raw
+from mupace.migrate.execute.blocks import Block, Budget, blocks, budget, raw, smallest
 from mupace.migrate.execute.check import check, check_disk, source_files
 from mupace.migrate.execute.identity import digest, versions
 from mupace.migrate.execute.journal import NAME, Journal
@@ -101,6 +101,11 @@ def execute(
         finally:
             journal.close()
     return out
+
+
+def least(outputs: Outputs, index: Index) -> int:
+    """The least `max_memory` with which `execute` can do it."""
+    return smallest(outputs.operations(), entries(index))
 
 
 @dataclass(slots=True)

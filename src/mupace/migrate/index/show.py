@@ -20,7 +20,9 @@ def shown(index: Index) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     numbers = sum(e.numel for e in index.weights.values())
-    lines.append(f"{index.kind}: {len(index.weights):_} tensors, {numbers:_} elements, {_bytes(index.nbytes)} in all")
+    lines.append(
+        f"{index.kind}: {len(index.weights):_} tensors, {numbers:_} elements, {bytes_text(index.nbytes)} in all"
+    )
     lines += [line for i, optimizer in enumerate(index.optimizers) for line in _optimizer(i, optimizer)]
     clock = [f"{n:_} {unit}" for n, unit in ((index.step, "updates"), (index.tokens, "tokens")) if n is not None]
     return "\n".join([*lines, *([f"after {', '.join(clock)}"] if clock else [])])
@@ -32,7 +34,7 @@ def _optimizer(i: int, optimizer: OptimizerIndex) -> list[str]:
     groups = " + ".join(str(len(g.names)) for g in optimizer.groups)
     kind = optimizer.kind or "of unknown class"
     return [
-        f"optimizer {i}: {kind}, {groups} parameters, {', '.join(keys) or 'no state'}, {_bytes(size)}",
+        f"optimizer {i}: {kind}, {groups} parameters, {', '.join(keys) or 'no state'}, {bytes_text(size)}",
         f"  {optimizer.proof}",
     ]
 
@@ -63,9 +65,9 @@ def _span(numbers: Sequence[int]) -> str:
     return "{" + ",".join(runs) + "}"
 
 
-def _bytes(n: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.3g} {unit}" if unit != "B" else f"{n} B"
-        n = n / 1000  # type: ignore[assignment]
-    raise AssertionError
+def bytes_text(n: int) -> str:
+    """A number of bytes for people."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n} B"
