@@ -15,9 +15,11 @@ SRC = Path(mupace.__file__).parent
 LAYERS = (
     ("errors", "units", "files", "_version"),
     ("schedules", "params", "scales"),
-    ("record", "optimizers", "gradients", "structure"),
+    ("record", "optimizers", "gradients", "structure", "policies", "complexity"),
     ("scaling",),
     ("pacer", "migrate"),
+    ("telemetry",),
+    ("control",),
     ("report", "trainer", "checks"),
     ("tune", "gate"),
     ("integrations", "cli", "__init__", "__main__"),

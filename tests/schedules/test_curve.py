@@ -43,6 +43,13 @@ def test_ends_of_every_family(name: str) -> None:
         assert curve(1000) == last.end
 
 
+@pytest.mark.parametrize("text", ["step(every=1 step, factor=0.299396) 3 steps", "exp 1000 steps -> 0.299396"])
+def test_powers_at_exponents_with_shortcuts(text: str) -> None:
+    """numpy squares where one exponent is 2, and takes a root where it is 1/2, but not where there are many."""
+    curve = Schedule.parse(text).bind(STEPS)
+    assert np.array_equal(curve(XS), loop(curve, XS))
+
+
 @settings(deadline=None)
 @given(random_schedules())
 def test_random_schedules(s: Schedule) -> None:

@@ -5,6 +5,7 @@ What was planned on the run's horizon moves with it, so that nothing jumps:
     extend, cut    the main curve and every group's own schedule follow the same rule; so do fields, where they can
                    (one that has begun its last phase finishes it as planned, and the journal names it)
     branch         the main curve and every group's own schedule cool down; fields stay on their curve
+    pace           the main curve and every group's own schedule are walked faster or slower; fields stay on their curve
     gates          (`unfreeze`, `rewarm`) stay where they were
 """
 
@@ -66,6 +67,15 @@ def retotalled(plan: Plan, total: Span | str, at: int | Clock, rule: Rule) -> tu
         except ConfigError:
             kept.append(name)
     return Plan(curve=curve, fields=fields, specs=_with_own(plan.specs, follow)).checked(), kept
+
+
+def paced(plan: Plan, at: float, factor: float, length: float) -> Plan:
+    """The plan walked at another pace from axis position `at` on; groups with a schedule of their own walk along."""
+
+    def follow(c: Curve) -> Curve:
+        return c if c.horizon != plan.curve.horizon else c.paced(at, factor, length)
+
+    return Plan(curve=follow(plan.curve), fields=plan.fields, specs=_with_own(plan.specs, follow)).checked()
 
 
 def branched(plan: Plan, length: Span | str, at: int | Clock, shape: str, end: float, again: bool) -> Plan:

@@ -12,7 +12,6 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from mupace.errors import ConfigError, one_of
-from mupace.gradients import Norms, Weighted, clip_norm, clip_value, norms
 from mupace.pacer import ranks
 from mupace.pacer.arguments import (
     counted,
@@ -26,13 +25,15 @@ from mupace.pacer.arguments import (
     refuse_untimed,
     whole,
 )
-from mupace.pacer.changes import Plan, branched, refuse_jumps, refuse_side, repeaked, retotalled
+from mupace.pacer.changes import Plan, branched, paced, refuse_jumps, refuse_side, repeaked, retotalled
 from mupace.pacer.clock import measured, where
+from mupace.pacer.gradients import Gradients
 from mupace.pacer.lanes import Group, GroupSpec, note_base
 from mupace.pacer.restore import dump, load
 from mupace.pacer.scaled import Scaled, scaled
+from mupace.pacer.trims import Trims
 from mupace.pacer.updates import Landed, listen, untraced, warn
-from mupace.pacer.writer import Rates, Writer, rates_of
+from mupace.pacer.writer import Rates, Writer, planned_of, rates_of
 from mupace.schedules import Curve, Schedule
 from mupace.schedules.replan import Rule
 from mupace.units import Clock, Span
@@ -43,7 +44,7 @@ MISMATCHES: tuple[Mismatch, ...] = ("error", "checkpoint", "config")
 _IDLE_LIMIT = 1000  # calls without any update before a person is told that nothing moves
 
 
-class Pacer(LRScheduler):
+class Pacer(Gradients, LRScheduler):
     """Paces the rates of an optimizer: at update i every group's learning rate is
 
         lr(group, i) = peak(group) · curve(group)(position of update i)
@@ -102,7 +103,7 @@ class Pacer(LRScheduler):
         self._planned_fields = dict(self.fields)
         values = scaled(plan, self.optimizers)
         self.journal: list[dict[str, Any]] = []
-        self.last_grad_norms: Norms | None = None
+        self.trims: Trims = {}  # feedback, see `trim`
         self._n = self._idle = self._from = 0
         self._clock: Clock | None = Clock() if self._timed() else None  # None: it follows the plan
         self._wall = time.monotonic()
@@ -260,7 +261,7 @@ class Pacer(LRScheduler):
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self._writer.lay_out(self._groups(), self._specs, self.curve, self.fields)
+        self._writer.lay_out(self._groups(), self._specs, self.curve, self.fields, self.trims)
 
     @property
     def base_lrs(self) -> list[float]:  # type: ignore[override]
@@ -286,6 +287,10 @@ class Pacer(LRScheduler):
     def used_lr(self) -> list[float]:
         """The learning rates that the last applied update used (before the first: those of the next), per group."""
         return rates_of(self._used or self._writer.now)
+
+    def planned_lr(self) -> list[float]:
+        """The learning rates of the next update as they would be without feedback, one per group."""
+        return planned_of(self._writer.now)
 
     @property
     def names(self) -> list[str]:
@@ -313,38 +318,6 @@ class Pacer(LRScheduler):
         refuse_twice(spec.name, self.names)  # before the optimizer has it
         target.add_param_group(named(group, spec.name, target))
         self._write()
-
-    def _weighted(self) -> Weighted:
-        """The parameters with gradients, group by group, and what their squared norms count."""
-        rows = ((float(g.get("clip", 1.0)), g["params"]) for g in self._groups())
-        return [(rho, [p for p in params if p.grad is not None]) for rho, params in rows]
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale all gradients by min(1, c/‖g‖_ρ), over all groups; returns ‖g‖_ρ before, on its device.
-
-            ‖g‖_ρ² = Σ_groups ρ · ‖g_group‖²
-
-        ρ is a group's `clip` (1 where it has none): with the groups of a plan a wide model clips when its base does.
-        Call it after `scaler.unscale_(optimizer)` when a GradScaler is used.
-
-        Raises:
-            ConfigError: a bound that is not positive; a norm_type other than 2 where a ρ is not 1.
-        """
-        self.last_grad_norms = found = clip_norm(self._weighted(), max_norm, norm_type)
-        return found.used
-
-    def clip_grad_value_(self, value: float) -> None:
-        """Clamp every gradient element to [−value, value]."""
-        clip_value([p for _, members in self._weighted() for p in members], value)
-
-    def grad_norms(self) -> Norms:
-        """(used, plain): ‖g‖_ρ by which `clip_grad_norm_` would clip now, and ‖g‖; on their device."""
-        return norms(self._weighted())
-
-    @property
-    def last_grad_norm(self) -> torch.Tensor | None:
-        """‖g‖_ρ before the last `clip_grad_norm_`; `last_grad_norms` has ‖g‖ too."""
-        return None if self.last_grad_norms is None else self.last_grad_norms.used
 
     def check_ranks(self) -> None:
         """Compare the update count and the rates in the optimizer over all ranks; nothing to do in a single process.
@@ -382,6 +355,30 @@ class Pacer(LRScheduler):
         Groups with a schedule of their own cool down too, from where they stand; fields stay on their curves.
         """
         self._follow(branched(self._plan(), length, self._at(), shape, end, again), "branch", reason, smooth=True)
+
+    def pace(self, factor: float, length: Span | str, reason: str = "") -> None:
+        """Walk the schedule from here on at `factor` times the pace that lands on its end in time (`Curve.paced`).
+
+        Args:
+            length: of the window; after it the curve is walked so that it ends where and when it was planned to.
+        """
+        x, h = self._position(), self.curve.horizon
+        window = h.advance(x, Span.parse(length, "length")) - x
+        self._follow(paced(self._plan(), x, factor, window), "pace", reason, smooth=True)
+
+    def trim(self, trims: Trims) -> None:
+        """Replace all feedback: {(group name, field): Trim}; the rates of the next update are written at once.
+
+        Raises:
+            ConfigError: a group or field that is not paced.
+        """
+        known = {(s.name, field) for s in self._specs for field in s.base}
+        for key in trims:
+            if key not in known:
+                raise ConfigError(f"trim {key!r}: not paced; legal are {', '.join(map(str, sorted(known)))}")
+        self.trims = dict(trims)
+        self._lay_out()
+        self._write()
 
     def replan(self, curve: Curve, *, rule: str = "replan", reason: str = "") -> None:
         """Follow another curve from here on. The journal records both plans and the rates before and after.

@@ -18,6 +18,7 @@ from mupace.pacer.changes import Plan
 from mupace.pacer.lanes import OWN, GroupSpec
 from mupace.pacer.scaled import Scaled
 from mupace.pacer.scaled import difference as scaled_difference
+from mupace.pacer.trims import Trims, trims_of, trims_to_list
 from mupace.schedules import Curve
 from mupace.units import Clock
 
@@ -39,6 +40,7 @@ def dump(pacer: Pacer) -> dict[str, Any]:
         "fields": {name: c.to_dict() for name, c in pacer.fields.items()},
         "groups": [spec.to_dict() for spec in pacer.groups],
         "journal": pacer.journal,
+        "trims": trims_to_list(pacer.trims),
     }
     if (scaled := pacer._scaled_now()) is not None:
         inner["scaled"] = scaled.to_dict()
@@ -81,6 +83,7 @@ class Saved:
     groups: Sequence[GroupSpec]
     journal: Sequence[dict[str, Any]]
     scaled: Scaled | None
+    trims: Trims
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> Saved:
@@ -93,6 +96,7 @@ class Saved:
             groups=[GroupSpec.from_dict(g) for g in state["groups"]],
             journal=[dict(row) for row in state["journal"]],
             scaled=None if state.get("scaled") is None else Scaled.from_dict(state["scaled"]),
+            trims=trims_of(state.get("trims", [])),
         )
 
 
@@ -109,7 +113,7 @@ class Verdict:
 def take_over(pacer: Pacer, n: int, saved: Saved, verdict: Verdict) -> None:
     """Go on from a saved state whose plan has been compared with ours; if they differ, the journal says so."""
     own, scaled = Plan(curve=pacer.curve, fields=pacer.fields, specs=tuple(verdict.specs)), pacer._scaled
-    pacer.journal = list(saved.journal)
+    pacer.journal, pacer.trims = list(saved.journal), saved.trims
     there = Plan(curve=saved.curve, fields=saved.fields, specs=tuple(verdict.saved))
     pacer._take(n, saved.clock, there, saved.scaled)
     before, old = pacer.get_last_lr(), str(saved.curve.schedule)

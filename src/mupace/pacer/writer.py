@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mupace.pacer.lanes import Group, GroupSpec, Lanes, TensorRates, Where, put_field, slot
+from mupace.pacer.trims import Trims
 from mupace.schedules import Curve
 from mupace.units import Array
 
-Rates: TypeAlias = "tuple[list[float], list[int], list[float]]"  # peaks, the lane of each group, factors per lane
+
+class Rates(NamedTuple):
+    """What was written: peaks, the lane of each group, factors per lane, and the rates of groups that are trimmed."""
+
+    peaks: list[float]
+    lanes: list[int]
+    factors: list[float]
+    trimmed: dict[int, float]
+
+
+def planned_of(rates: Rates) -> list[float]:
+    """Learning rates without feedback, one per group."""
+    return [peak * rates.factors[lane] for peak, lane in zip(rates.peaks, rates.lanes, strict=True)]
 
 
 def rates_of(rates: Rates) -> list[float]:
     """Learning rates, one per group."""
-    peaks, lanes, factors = rates
-    return [peak * factors[lane] for peak, lane in zip(peaks, lanes, strict=True)]
+    planned = planned_of(rates)
+    return [rates.trimmed.get(i, rate) for i, rate in enumerate(planned)] if rates.trimmed else planned
 
 
 class Writer:
-    """Gives every group its rates: value = base · product of the group's curves.
+    """Gives every group its rates: value = base · product of the group's curves · feedback.
 
     A layout (which group takes which lane) is made once per set of groups and curves; the tensors live as long
     as the writer, so that a tensor learning rate never changes its identity.
@@ -30,13 +43,18 @@ class Writer:
 
     def __init__(self) -> None:
         self.tensors = TensorRates()
-        self.now: Rates = ([], [], [])  # what was written last
+        self.now = Rates([], [], [], {})  # what was written last
         self._kept: dict[tuple[int, str], torch.Tensor | None] = {}  # (group, field) -> its tensor; None: a float
 
     def lay_out(
-        self, groups: Sequence[Group], specs: Sequence[GroupSpec], curve: Curve, fields: Mapping[str, Curve]
+        self,
+        groups: Sequence[Group],
+        specs: Sequence[GroupSpec],
+        curve: Curve,
+        fields: Mapping[str, Curve],
+        trims: Trims,
     ) -> None:
-        """Decide every write for these groups and curves."""
+        """Decide every write for these groups, curves and trims."""
         rates = [spec.lane(curve) for spec in specs]
         self.lanes = Lanes([*rates, *((c,) for c in fields.values())])
         self._lane_of = [self.lanes.index(lane) for lane in rates]
@@ -55,6 +73,14 @@ class Writer:
             for name, c in fields.items()
             if name in spec.base
         ]
+        trimmed = [(i, trims[spec.name, "lr"]) for i, spec in enumerate(specs) if (spec.name, "lr") in trims]
+        self._trims = trimmed
+        self._field_trims = {
+            (i, name): trims[spec.name, name]
+            for i, spec in enumerate(specs)
+            for name in fields
+            if (spec.name, name) in trims
+        }
 
     def _keep(self, group: Group, i: int, name: str) -> torch.Tensor | None:
         """The group's own tensor for a field that came as one, put back where a load has replaced it."""
@@ -90,11 +116,27 @@ class Writer:
             for i, peak, lane in self._floats:
                 groups[i]["lr"] = peak * factors[lane]
         for i, name, base, lane, tensor in self._others:
+            value = base * factors[lane]
+            if (trim := self._field_trims.get((i, name))) is not None:
+                value = trim.value(value, update)
             if tensor is None:
-                put_field(groups[i], name, base * factors[lane])
+                put_field(groups[i], name, value)
             else:
-                tensor.fill_(base * factors[lane])
-        self.now = (self._peaks, self._lane_of, factors)
+                tensor.fill_(value)
+        trimmed = self._write_trimmed(groups, factors, update) if self._trims else {}
+        self.now = Rates(self._peaks, self._lane_of, factors, trimmed)
+
+    def _write_trimmed(self, groups: Sequence[Group], factors: list[float], update: int) -> dict[int, float]:
+        """Write the rates of the groups that have feedback over what was planned for them."""
+        out = {}
+        for i, trim in self._trims:
+            out[i] = value = trim.value(self._peaks[i] * factors[self._lane_of[i]], update)
+            view = self.tensors.views.get(i)
+            if view is None:
+                groups[i]["lr"] = value
+            else:
+                view.fill_(value)
+        return out
 
     def _table(self, block: Array) -> Any:
         """Learning rates from factors: (updates, lanes) -> (updates, groups)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -16,6 +16,7 @@ from mupace.errors import ConfigError
 from mupace.schedules.phases import Phase, Sample, Schedule
 from mupace.schedules.shapes import find_shape
 from mupace.schedules.text import brief
+from mupace.schedules.walk import Knot, checked, paced, place, position
 from mupace.units import Array, Clock, Horizon, Span, Unit, is_number, plain_number
 
 OFFSET: dict[Sample, float] = {"start": 0.0, "midpoint": 0.5, "end": 1.0}
@@ -59,6 +60,8 @@ class Curve:
         horizon: the length of the run and its units. The curve runs on the horizon's axis (its total's unit).
         floor: if given, what follows the curve's highest value m is mapped v -> r + (m − r)·(v − f)/(m − f), f being
             the final value: the same curve, landing on `floor` = r (a fraction of the peak) instead.
+        walk: knots (x, y) in axis units: at position x of the run the curve is at its place y, linearly in between, and
+            at y = x outside of them. See `paced`.
 
     >>> curve = Curve(Schedule.parse("warmup 10% | hold 60% | linear 30% -> 0"), Horizon(total="100 steps"))
     >>> curve(0), curve(5), curve(50), curve(85), curve(1000)
@@ -67,9 +70,12 @@ class Curve:
     array([0. , 0.5, 1. ])
     """
 
-    def __init__(self, schedule: Schedule, horizon: Horizon, floor: float | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule, horizon: Horizon, floor: float | None = None, walk: Sequence[Knot] = ()
+    ) -> None:
         self.schedule = schedule
         self.horizon = horizon
+        self.walk = checked(walk, horizon)
         self.pieces = _place(schedule, horizon)
         self._starts = [p.x for p in self.pieces]
         last = self.pieces[-1]
@@ -144,6 +150,7 @@ class Curve:
     def _scalar(self, x: float) -> float:
         if not x >= 0:
             raise ConfigError(f"position {x:g}: legal is 0 or more")
+        x = x if not self.walk else float(place(self.walk, x))
         if x >= self._end:
             value = self._landing
         else:
@@ -154,6 +161,7 @@ class Curve:
     def _vector(self, x: Array) -> Array:
         if x.size and not x.min() >= 0:  # also where one is NaN
             raise ConfigError(f"position {x.min():g}: legal is 0 or more")
+        x = x if not self.walk else place(self.walk, x)
         if np.all(x[1:] >= x[:-1]):
             return self._sorted(x)
         order = np.argsort(x, kind="stable")
@@ -181,14 +189,46 @@ class Curve:
 
     def floored(self, floor: float) -> Curve:
         """The same curve landing on `floor` (a fraction of the peak, 0 to 1)."""
-        return Curve(self.schedule, self.horizon, floor)
+        return Curve(self.schedule, self.horizon, floor, self.walk)
+
+    def paced(self, at: float, factor: float, length: float) -> Curve:
+        """The same curve, walked from position `at` on at `factor` times the pace that lands on its end in time.
+
+            y(x) = y(at) + factor·p·(x − at) over `length`,  p = (E − y(at))/(E − at);  then straight to y(E) = E
+
+        x: position of the run; y: place on the curve; E: where the curve's last phase begins if it is a hold, else the
+        end. The curve stays continuous and ends as planned and in time, whatever the factor. In a window of
+        exponential decay (a − b)·exp(−λt) + b this is the same window with λ·factor. A place never passes E.
+
+        Args:
+            at, length: in axis units; from `at` on what was paced before is forgotten.
+            factor: positive; 1 is the landing pace.
+
+        Raises:
+            ConfigError: a factor or length that is not positive, or a position at which the curve has ended.
+        """
+        return Curve(self.schedule, self.horizon, self.floor, paced(self.walk, self._lands_at(), at, factor, length))
+
+    def _lands_at(self) -> float:
+        last = self.pieces[-1]
+        return last.x if last.phase.shape in ("hold", "constant") and len(self.pieces) > 1 else self._end
+
+    def place(self, x: float) -> float:
+        """Where on the curve a run is at axis position `x`."""
+        return float(place(self.walk, x)) if self.walk else x
+
+    def unwalked(self) -> Curve:
+        """The curve as it was planned."""
+        return Curve(self.schedule, self.horizon, self.floor) if self.walk else self
 
     def edges(self) -> list[tuple[float, str, float]]:
         """(position in steps, phase, value) at every phase's begin, and the end."""
         names = [p.phase.shape for p in self.pieces]
         names[0] = "warmup" if self.warmup_end is not None else names[0]
-        rows = [(self._step(p.x), name, self._scalar(p.x)) for p, name in zip(self.pieces, names, strict=True)]
-        return [*rows, (self._step(self._end), "end", self._scalar(self._end))]
+        begins = [position(self.walk, p.x) for p in self.pieces]
+        rows = [(self._step(x), name, self._scalar(x)) for x, name in zip(begins, names, strict=True)]
+        end = position(self.walk, self._end)
+        return [*rows, (self._step(end), "end", self._scalar(end))]
 
     @property
     def warmup_end(self) -> float | None:
@@ -219,11 +259,13 @@ class Curve:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives an equal curve."""
         out: dict[str, Any] = {"schedule": self.schedule.to_dict(), "horizon": self.horizon.to_dict()}
-        return out if self.floor is None else {**out, "floor": self.floor}
+        out |= {} if self.floor is None else {"floor": self.floor}
+        return out | ({"walk": [list(knot) for knot in self.walk]} if self.walk else {})
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Curve:
-        return cls(Schedule.from_dict(state["schedule"]), Horizon.from_dict(state["horizon"]), state.get("floor"))
+        schedule, horizon = Schedule.from_dict(state["schedule"]), Horizon.from_dict(state["horizon"])
+        return cls(schedule, horizon, state.get("floor"), state.get("walk", ()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Curve) and self.to_dict() == other.to_dict()

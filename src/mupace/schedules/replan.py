@@ -11,7 +11,7 @@ planned to end, or as the `Clock` of a run, which is where they did end: a run t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, TypeAlias
@@ -43,6 +43,8 @@ def retotal(curve: Curve, total: Span | str, at: int | Clock, rule: Rule) -> Cur
     """
     if rule not in RULES:
         raise one_of("rule", rule, RULES)
+    if curve.walk:
+        return _walked(curve, at, lambda plain, place: retotal(plain, total, place, rule))
     horizon = curve.horizon.replace_total(_on_axis(curve, total))
     now = _here(curve, at)
     if horizon.length <= now:
@@ -84,6 +86,9 @@ def branch(
             and `end` is another than its own.
     """
     now = _here(curve, at)
+    if curve.walk:  # the run ends `length` after its own position, wherever on the curve that is
+        left = curve.horizon.advance(now, Span.parse(length, "length")) - curve.place(now)
+        return _walked(curve, at, lambda plain, place: branch(plain, place, _axis_span(curve, left), shape, end, again))
     value = curve(now, curve.horizon.axis)
     peak = max([value, *(curve(p.x, curve.horizon.axis) for p in curve.pieces if p.x <= now)])
     if value < peak and not again:
@@ -100,6 +105,21 @@ def branch(
         Phase(shape=shape, span=_axis_span(curve, stop - now), end=end, begin=_jump(curve, now)),
     ]
     return _same_before(curve, _rebuilt(curve, phases, _axis_span(curve, stop)), now)
+
+
+def _walked(curve: Curve, at: int | Clock, change: Callable[[Curve, Clock], Curve]) -> Curve:
+    """The change made at the place where the curve stands, and walked to from the position of the run."""
+    now = _here(curve, at)
+    here = curve.place(now)
+    new = change(curve.unwalked(), _clock(curve, here))
+    past, end = [knot for knot in curve.walk if knot[0] < now], new.horizon.length
+    return Curve(new.schedule, new.horizon, new.floor, (*past, (now, here), (end, end)))
+
+
+def _clock(curve: Curve, x: float) -> Clock:
+    """The clock that stands at axis position x."""
+    made: Clock = replace(Clock(), **{curve.horizon.axis: x})  # type: ignore[arg-type]  # the axis is one of its fields
+    return made
 
 
 def _same_before(old: Curve, new: Curve, now: float) -> Curve:

@@ -89,7 +89,7 @@ def _wave(t: Any, n: float, a: float, b: float, cycles: float, skip: float = 0.0
 
 
 def _exp(t: Any, n: float, a: float, b: float, bias: float = 0.0) -> Any:
-    return _mix(bias, a, np.power((b - bias) / (a - bias), t / n))
+    return _mix(bias, a, _raised((b - bias) / (a - bias), t / n))
 
 
 def _decay(t: Any, n: float, a: float, b: float, tau: float, bias: float = 0.0) -> Any:
@@ -105,7 +105,7 @@ def _inv_sqrt(t: Any, n: float, a: float, b: float, scale: float) -> Any:
 
 
 def _step(t: Any, n: float, a: float, b: float, factor: float, every: float) -> Any:
-    return a * np.power(factor, np.floor(t / every * (1 + 1e-12)))
+    return a * _raised(factor, np.floor(t / every * (1 + 1e-12)))
 
 
 def _table(t: Any, n: float, a: float, b: float, values: Any) -> Any:
@@ -115,6 +115,12 @@ def _table(t: Any, n: float, a: float, b: float, values: Any) -> Any:
     at = t if n == last else t * (last / n)
     i = np.minimum(at, last - 1).astype(np.int64) if isinstance(at, np.ndarray) else min(int(at), last - 1)
     return _mix(values[i], values[i + 1], at - i)
+
+
+def _raised(base: float, exponent: Any) -> Any:
+    """base^exponent; one exponent goes the way of many, for which numpy has no shortcuts at 2 and 1/2."""
+    powers = np.power(base, np.atleast_1d(exponent))
+    return powers if isinstance(exponent, np.ndarray) else powers[0]
 
 
 def _mix(a: Any, b: Any, s: Any) -> Any:
