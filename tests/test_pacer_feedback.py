@@ -43,7 +43,7 @@ def run(optimizer: torch.optim.Optimizer, pacer: Pacer, n: int) -> list[tuple[fl
 def test_a_trim_multiplies_what_is_planned() -> None:
     optimizer, pacer = made()
     run(optimizer, pacer, 20)
-    pacer.trim({("head", "lr"): Trim(start=1.0, stop=0.25, at=20, ramp=10)})
+    pacer.trim({("head", "lr"): Trim(stop={"rate": 0.25}, at=20, ramp=10)})
     rates = run(optimizer, pacer, 20)
     for i, (body, head) in enumerate(rates):
         assert body == 0.1
@@ -55,7 +55,7 @@ def test_a_trim_multiplies_what_is_planned() -> None:
 
 def test_limits_do_not_lift_a_warmup_and_hold_for_the_plan() -> None:
     optimizer, pacer = made()
-    pacer.trim({("body", "lr"): Trim(stop=0.5, low=0.08, high=0.09), ("head", "lr"): Trim(high=0.03)})
+    pacer.trim({("body", "lr"): Trim(stop={"rate": 0.5}, low=0.08, high=0.09), ("head", "lr"): Trim(high=0.03)})
     rates = run(optimizer, pacer, 30)
     assert rates[0][0] == pytest.approx(0.005)  # planned: below the lower limit by itself, so it is followed
     assert rates[20] == (0.08, 0.03)
@@ -70,22 +70,32 @@ def test_limits_do_not_lift_a_warmup_and_hold_for_the_plan() -> None:
 @settings(deadline=None)
 def test_limits_are_idempotent(planned: float, factor: float, limits: tuple[float, float]) -> None:
     low, high = sorted(limits)
-    once = Trim(start=factor, stop=factor, low=low, high=high).value(planned, 0)
+    once = Trim(stop={"rate": factor}, low=low, high=high).value(planned, 0)
     assert Trim(low=low, high=high).value(once, 0) == once
     assert once <= high
     assert once >= min(planned * factor, planned, low) or once == high
 
 
+def test_factors_of_several_sources_go_their_own_ways() -> None:
+    trim = Trim(stop={"rate": 4.0, "manual": 0.5}, at=10, ramp=2)
+    assert trim.parts(10) == {"manual": 1.0, "rate": 1.0}
+    assert trim.parts(11) == {"manual": math.pow(0.5, 0.5), "rate": 2.0}
+    turned = trim.moved({"rate": 1.0}, 11, 4)
+    assert turned.parts(11) == trim.parts(11)
+    assert turned.factor(11) == trim.factor(11)
+    assert turned.parts(15) == {"manual": 1.0, "rate": 1.0}
+
+
 def test_a_lock_never_moves() -> None:
     optimizer, pacer = made()
     run(optimizer, pacer, 15)
-    pacer.trim({("body", "lr"): Trim(stop=7.0, held=0.042)})
+    pacer.trim({("body", "lr"): Trim(stop={"rate": 7.0}, held=0.042)})
     assert {body for body, _ in run(optimizer, pacer, 80)} == {0.042}
 
 
 def test_a_field_is_trimmed_too() -> None:
     optimizer, pacer = made(fields={"weight_decay": "hold"})
-    pacer.trim({("body", "weight_decay"): Trim(start=2.0, stop=2.0)})
+    pacer.trim({("body", "weight_decay"): Trim(stop={"rate": 2.0})})
     assert optimizer.param_groups[0]["weight_decay"] == 0.2
     assert optimizer.param_groups[1]["weight_decay"] == 0.01
     pacer.trim({})
@@ -96,12 +106,12 @@ def test_tensor_rates_keep_their_identity() -> None:
     optimizer, pacer = made(torch.tensor(0.1, dtype=torch.float64))
     held = [g["lr"] for g in optimizer.param_groups]
     run(optimizer, pacer, 20)
-    pacer.trim({("head", "lr"): Trim(start=1.0, stop=0.5, at=20, ramp=4)})
+    pacer.trim({("head", "lr"): Trim(stop={"rate": 0.5}, at=20, ramp=4)})
     tensors = run(optimizer, pacer, 70)
     assert all(a is g["lr"] for a, g in zip(held, optimizer.param_groups, strict=True))
     twin, floats = made()
     run(twin, floats, 20)
-    floats.trim({("head", "lr"): Trim(start=1.0, stop=0.5, at=20, ramp=4)})
+    floats.trim({("head", "lr"): Trim(stop={"rate": 0.5}, at=20, ramp=4)})
     assert tensors == run(twin, floats, 70)
 
 
@@ -109,7 +119,7 @@ def test_tensor_rates_keep_their_identity() -> None:
 def test_feedback_is_saved(k: int) -> None:
     def feedback(pacer: Pacer) -> None:
         if pacer.last_epoch == 20:
-            pacer.trim({("head", "lr"): Trim(start=1.0, stop=0.5, at=20, ramp=10, high=0.2)})
+            pacer.trim({("head", "lr"): Trim(stop={"rate": 0.5, "manual": 1.5}, at=20, ramp=10, high=0.2)})
             pacer.pace(0.5, "20 steps", "slow")
 
     def go(optimizer: torch.optim.Optimizer, pacer: Pacer, n: int) -> list[tuple[float, ...]]:
@@ -154,8 +164,9 @@ def test_unknown_places(trims: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"stop": 0.0}, {"stop": math.nan}, {"low": -1.0}, {"low": 2.0, "high": 1.0}, {"held": math.inf}]
+    "values",
+    [{"stop": {"a": 0.0}}, {"stop": {"a": math.nan}}, {"low": -1.0}, {"low": 2.0, "high": 1.0}, {"held": math.inf}],
 )
-def test_bad_trims(values: dict[str, float]) -> None:
+def test_bad_trims(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="legal is"):
         Trim(**values)

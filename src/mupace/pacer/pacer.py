@@ -250,7 +250,7 @@ class Pacer(Gradients, LRScheduler):
         refuse_removal(self.optimizers, self._had)
         for o, g in self._unknown():
             group, i = self.optimizers[o].param_groups[g], len(self._specs)
-            spec = GroupSpec.read(group, i, self.fields, self.curve, self._n, self._position())
+            spec = GroupSpec.read(group, i, self.fields, self.curve, self._n, self.position)
             refuse_twice(spec.name, self.names)
             self._specs.append(spec)
             self._places.append((o, g))
@@ -292,6 +292,11 @@ class Pacer(Gradients, LRScheduler):
         """The learning rates of the next update as they would be without feedback, one per group."""
         return planned_of(self._writer.now)
 
+    def schedule_factors(self) -> list[float]:
+        """What the curves give every group at the next update: planned = base · this."""
+        now = self._writer.now
+        return [now.factors[lane] for lane in now.lanes]
+
     @property
     def names(self) -> list[str]:
         """The group names, in the order of `get_last_lr`."""
@@ -314,7 +319,7 @@ class Pacer(Gradients, LRScheduler):
             raise ConfigError(f"add_param_group: optimizer={optimizer}; legal is 0 to {len(self.optimizers) - 1}")
         target = self.optimizers[optimizer]
         full = {**target.defaults, **group}
-        spec = GroupSpec.read(full, len(self._specs), self.fields, self.curve, self._n, self._position())
+        spec = GroupSpec.read(full, len(self._specs), self.fields, self.curve, self._n, self.position)
         refuse_twice(spec.name, self.names)  # before the optimizer has it
         target.add_param_group(named(group, spec.name, target))
         self._write()
@@ -362,7 +367,7 @@ class Pacer(Gradients, LRScheduler):
         Args:
             length: of the window; after it the curve is walked so that it ends where and when it was planned to.
         """
-        x, h = self._position(), self.curve.horizon
+        x, h = self.position, self.curve.horizon
         window = h.advance(x, Span.parse(length, "length")) - x
         self._follow(paced(self._plan(), x, factor, window), "pace", reason, smooth=True)
 
@@ -394,8 +399,9 @@ class Pacer(Gradients, LRScheduler):
     def _plan(self) -> Plan:
         return Plan(curve=self.curve, fields=self.fields, specs=tuple(self._specs))
 
-    def _position(self) -> float:
-        """The present position on the axis."""
+    @property
+    def position(self) -> float:
+        """Where the run is on the axis of its curve."""
         h = self.curve.horizon
         return float(h.position(self._n, "step") if self._clock is None else getattr(self._clock, h.axis))
 
@@ -407,7 +413,7 @@ class Pacer(Gradients, LRScheduler):
         """Take over another plan, once it is known to fit."""
         old, before = self._plan(), self.get_last_lr()
         if smooth:
-            refuse_jumps(old, new, self._position(), rule)
+            refuse_jumps(old, new, self.position, rule)
         self.curve, self.fields, self._specs = new.curve, dict(new.fields), list(new.specs)
         self._lay_out()
         self._write()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from mupace.errors import StateError
+from mupace.errors import RankDivergence
+
+Numbers = Mapping[str, Any]
+"""What one rank is at: `step`, and for each field (`lr`, ...) a table of group -> value."""
 
 
 def together() -> bool:
@@ -30,28 +33,36 @@ def check(step: int, names: Sequence[str], rates: Sequence[float]) -> None:
     """Compare step and rates over all ranks; every rank raises the same error.
 
     Raises:
-        StateError: names the first rank that differs from rank 0, and both numbers.
+        RankDivergence: names the first rank that differs from rank 0, and both numbers.
     """
     if not together():
         return
     digest = hashlib.sha256(struct.pack(f"<q{len(rates)}d", step, *rates)).hexdigest()
-    if len(set(_gathered(digest))) == 1:
+    if len(set(gathered(digest))) == 1:
         return
-    found = _gathered((step, dict(zip(names, rates, strict=True))))
-    (step0, rates0), *others = found
-    for rank, (step_r, rates_r) in enumerate(others, start=1):
-        if step_r != step0:
-            raise StateError(f"the ranks disagree: rank {rank} is at update {step_r}, rank 0 at update {step0}")
-        for name in rates0:
-            if rates_r.get(name) != rates0[name]:
-                raise StateError(
-                    f"the ranks disagree at update {step0}: group {name!r} has lr={rates_r.get(name)!r} on rank "
-                    f"{rank}, lr={rates0[name]!r} on rank 0"
-                )
-    raise StateError(f"the ranks disagree at update {step0}: their groups are not the same")
+    raise RankDivergence(difference(gathered({"step": step, "lr": dict(zip(names, rates, strict=True))})))
 
 
-def _gathered(value: Any) -> list[Any]:
-    out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
+def difference(found: Sequence[Numbers]) -> str:
+    """The first difference from rank 0 in words: the rank, the group, both numbers. `found` has one entry per rank."""
+    first, *others = found
+    step = first["step"]
+    for rank, other in enumerate(others, start=1):
+        if other["step"] != step:
+            return f"the ranks disagree: rank {rank} is at update {other['step']}, rank 0 at update {step}"
+        for field in [name for name in first if name != "step"]:
+            for group in dict.fromkeys((*first[field], *other[field])):
+                here, there = first[field].get(group), other[field].get(group)
+                if repr(here) != repr(there):  # two NaN are the same here
+                    return (
+                        f"the ranks disagree at update {step}: group {group!r} has {field}={there!r} on rank {rank}, "
+                        f"{field}={here!r} on rank 0"
+                    )
+    return f"the ranks disagree at update {step}: their groups are not the same"
+
+
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """The values of all ranks, in their order, on every rank."""
+    out: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(out, value, group=group)
     return out

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from dataclasses import field as given
+from importlib import import_module
 from typing import Any, Protocol, TypeAlias
 
 from mupace.errors import ConfigError, one_of
@@ -182,7 +183,19 @@ class Policy(Protocol):
 
 
 POLICIES: dict[str, Callable[..., Policy]] = {}
-"""Name to class."""
+"""Name to class, of those that are loaded."""
+
+BUILT_IN = {
+    "bias": "time",
+    "data": "data",
+    "early": "early",
+    "guard": "guard",
+    "layer": "layer",
+    "monitor": "monitor",
+    "rate": "rate",
+    "time": "time",
+}
+"""Name to the module of this package that registers it."""
 
 
 def register_policy(cls: Any) -> Any:
@@ -197,8 +210,10 @@ def policy_of(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     Raises:
         ConfigError: an unknown name, an unknown option, an option out of range.
     """
+    if name not in POLICIES and name in BUILT_IN:
+        import_module(f"mupace.policies.{BUILT_IN[name]}")
     if name not in POLICIES:
-        raise one_of("policy", name, POLICIES)
+        raise one_of("policy", name, sorted({*POLICIES, *BUILT_IN}))
     cls: Any = POLICIES[name]
     known = {f.name: f for f in fields(cls)}
     for key in options or {}:

@@ -207,9 +207,11 @@ class Curve:
         Raises:
             ConfigError: a factor or length that is not positive, or a position at which the curve has ended.
         """
-        return Curve(self.schedule, self.horizon, self.floor, paced(self.walk, self._lands_at(), at, factor, length))
+        return Curve(self.schedule, self.horizon, self.floor, paced(self.walk, self.walks_until, at, factor, length))
 
-    def _lands_at(self) -> float:
+    @property
+    def walks_until(self) -> float:
+        """E of `paced`, an axis position."""
         last = self.pieces[-1]
         return last.x if last.phase.shape in ("hold", "constant") and len(self.pieces) > 1 else self._end
 

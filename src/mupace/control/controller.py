@@ -1,0 +1,363 @@
+"""Controller: the closed loop around a pacer. It measures, asks the arbiter, carries out, and keeps the record.
+
+loss.backward()
+control.gradients()                                   # before clipping; does something every few updates
+norm = pacer.clip_grad_norm_(1.0)
+if control.admit(loss, norm):                         # False: leave this update out
+    optimizer.step()
+pacer.step(); optimizer.zero_grad()
+control.step(loss=loss, grad_norm=norm)               # every 10 updates a reading, and perhaps a decision
+control.evaluated("valid", loss=..., averaged=...)    # after an evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mupace.control.carry import carried, trims_after, writes_of
+from mupace.control.chain import Chain
+from mupace.control.commands import Command
+from mupace.control.consensus import Consensus
+from mupace.control.decisions import Decision, Write
+from mupace.control.engine import Engine
+from mupace.control.inbox import Inbox
+from mupace.control.options import Options
+from mupace.control.reductions import agreed, mean_and_largest, means
+from mupace.control.refusals import refuse_own_rates
+from mupace.control.state import Kept, commands_after, difference, merged
+from mupace.control.status import status_of
+from mupace.errors import ConfigError, StateError
+from mupace.pacer import Pacer
+from mupace.policies import Policy, Reading, policy_of, policy_to_dict
+from mupace.telemetry import Telemetry, Tiers
+
+LOG = "log.jsonl"
+OFF = "off"  # a file of this name in the control directory takes all feedback back
+RETURN = 100  # updates in which that happens
+Tell = Callable[[str], None]
+
+
+class Controller:
+    """Lets what a run measures move its rates: within bounds, on record, under a person's hand.
+
+        lr(group, t) = base · schedule(walk(t)) · Π_source factor(source, group, t), then limits and locks
+
+    Args:
+        pacer: whose optimizer and schedule it is.
+        policies: policies or names of them, in the order in which they are asked.
+        directory: of the run: the log `control/log.jsonl`, the inbox of commands and the status are kept there. None:
+            nothing is written, and commands come from Python alone.
+        telemetry: what measures; by default losses, gradient norms and skips alone.
+        snapshots: whether the loop takes a snapshot, goes back to one and stops when it is asked to (see `asks`).
+        process_group: of CPU processes (gloo), where there are several; made if needed.
+        tell: called with one line for every decision a person should know of.
+        options: see `Options`: `mode` ("advise"), `bounds`, `every`, `seed`, ….
+
+    Raises:
+        ConfigError: an option out of range, `mode="act"` without bounds, an unknown policy, an optimizer that sets its
+            own rate (Schedule-Free, Prodigy, D-Adaptation, Mechanic).
+    """
+
+    def __init__(
+        self,
+        pacer: Pacer,
+        policies: Sequence[Policy | str] = (),
+        *,
+        directory: str | Path | None = None,
+        telemetry: Telemetry | None = None,
+        snapshots: bool = False,
+        process_group: Any = None,
+        tell: Tell | None = None,
+        **options: Any,
+    ) -> None:
+        self.pacer = pacer
+        self.options = Options.from_dict(options)
+        refuse_own_rates(pacer.optimizers)
+        made = tuple(policy_of(p) if isinstance(p, str) else p for p in policies)
+        _refuse_twins(made)
+        self.engine = Engine(self.options, made, _groups(pacer))
+        self.telemetry = telemetry or Telemetry(pacer.optimizers, tiers=Tiers(norms="off", moments="off"), budget=None)
+        where = None if directory is None else Path(directory) / "control"
+        self.consensus = Consensus(process_group, directory=where)
+        self.snapshots, self.tell = snapshots, tell or (lambda line: None)
+        self.asks: list[tuple[str, Decision]] = []
+        self.decisions: list[Decision] = []
+        self.writes: tuple[Write, ...] = ()
+        self.kept = Kept(state=self.engine.init(), seen=pacer.clock.step, planned=pacer.clock.step)
+        self._commands: list[Command] = []
+        self.directory = where
+        self._chain: Chain | None = None
+        self._inbox: Inbox | None = None
+        self._switched_off = False
+
+    @property
+    def mode(self) -> str:
+        return self.options.mode
+
+    def gradients(self) -> None:
+        """Measure the gradients as they are now: after the unscaling, before any clipping."""
+        if self.mode != "off":
+            self.telemetry.gradients()
+
+    def admit(self, loss: Any, grad_norm: Any) -> bool:
+        """Whether this update may be applied. False: leave `optimizer.step()` out; the pacer then does not advance.
+
+        Reads both numbers (one wait for the device); without a guard among the policies, or outside mode `act`, it
+        reads nothing and says True. All ranks get the same answer from the mean loss and the largest norm.
+        """
+        if self.mode != "act" or not any(hasattr(p, "admit") for p in self.engine.policies):
+            return True
+        mean, norm = mean_and_largest(self.consensus, float(loss), float(grad_norm))
+        step, good = self.pacer.clock.step + 1, True
+        if self.consensus.leads:
+            good, reason, self.kept.state = self.engine.admit(self.kept.state, step, mean, norm)
+            self.kept.admits.append([step, _worded(mean), _worded(norm), good])
+            if not good:
+                self._say(f"update {step} is left out: {reason}")
+        return agreed(self.consensus, good)
+
+    def step(self, loss: Any = None, **numbers: Any) -> Decision | None:
+        """After `pacer.step()`: note what was measured; every few updates, decide.
+
+        Args:
+            loss: of this update, on its device if it is there.
+            numbers: `grad_norm`, `clipped`, `loss_scale` of this update; any further number is a reading of that name.
+        """
+        if self.mode == "off":
+            return None
+        applied = self.pacer.clock.step > self.kept.seen
+        own = {k: numbers.pop(k) for k in ("grad_norm", "clipped", "loss_scale") if k in numbers}
+        if loss is not None or own:
+            self.telemetry.observe(loss=loss, skipped=not applied, **own)
+        self.measured(**numbers)
+        if not applied:
+            return None
+        self.kept.count(self.pacer)
+        return self._tick() if self.kept.seen % self.options.every == 0 else None
+
+    def measured(self, **values: Any) -> None:
+        """Give the next reading further numbers; a `__` in a name is a dot. NaN is no evidence: the name is lost."""
+        for name, value in values.items():
+            self.kept.measure(name.replace("__", "."), value)
+
+    def evaluated(self, on: str, **metrics: Any) -> Decision | None:
+        """After an evaluation on all ranks: a reading of its own, and perhaps a decision.
+
+        Args:
+            on: what identifies the evaluation: data, tokens, precision. Losses of another one are never compared.
+            metrics: `loss`, `averaged` (of averaged weights), and others; the mean over ranks is taken.
+        """
+        if self.mode == "off":
+            return None
+        for name, value in zip(metrics, means(self.consensus, [float(v) for v in metrics.values()]), strict=True):
+            self.kept.measure(f"eval.{name}", value)
+        return self._tick(on)
+
+    def happened(self, *events: str) -> None:
+        """Say what makes comparison with earlier readings wrong: `data` (another mixture), `batch` (another size)."""
+        self.kept.events += list(events)
+
+    def command(self, command: Command) -> str:
+        """Give a command from Python; it is carried out at the next reading. Returns its id."""
+        command.check(self.engine.groups, tuple(p.name for p in self.engine.policies), self._rates(), {})
+        self._commands.append(command)
+        return command.id
+
+    def snapshotted(self) -> None:
+        """Say that a snapshot of the whole run, this controller's state included, was just taken."""
+        self.kept.snapshot = self.pacer.clock.step
+
+    def _tick(self, on: str | None = None) -> Decision | None:
+        reading = self._reading(on)
+        decision: Decision | None = None
+        payload = b""
+        if self.consensus.leads:
+            decision = self._decided(reading)
+            payload = b"" if decision is None else _bytes(decision.to_dict())
+        payload = self.consensus.share(payload if self.consensus.leads else None)
+        if payload:
+            decision = Decision.from_dict(json.loads(payload))
+            self._carry_out(decision)
+        self.consensus.digest(self.pacer.clock.step, self.pacer.names, self._in_optimizer())
+        if self.consensus.leads and self._inbox is not None:
+            self._inbox.write_status(status_of(self))
+        return decision
+
+    def _reading(self, on: str | None) -> Reading:
+        """What is known now, the same on all ranks."""
+        found = self.telemetry.collect()
+        values, lost = self.kept.take_measured()
+        rates = dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
+        planned = dict(zip(self.pacer.names, self.pacer.planned_lr(), strict=True))
+        values = {**found.values, **values, **self.kept.sums(self.pacer), "lr": max(rates.values())}
+        values |= {f"lr.{g}": v for g, v in rates.items()} | {f"planned.{g}": v for g, v in planned.items()}
+        values |= carried(self.pacer)
+        values |= {"snapshot": float(self.kept.snapshot)} if self.snapshots else {}
+        steps = self.pacer.curve.horizon.steps or 0
+        done = self.pacer.position / self.pacer.curve.horizon.length
+        events, self.kept.events = tuple(self.kept.events), []
+        return Reading(
+            clock=self.pacer.clock, values=values, lost=(*found.lost, *lost), counts=found.counts,
+            progress=min(done, 1.0), steps=steps, evaluated=on, events=events,
+        )  # fmt: skip
+
+    def _decided(self, reading: Reading) -> Decision | None:
+        """The leader's decision, on record before anything changes."""
+        chain, commands = self._opened(), self._new_commands(reading)
+        self.kept.state, decision = self.engine.decide(self.kept.state, reading, commands)
+        admits, self.kept.admits = self.kept.admits, []
+        if chain is not None:
+            told = {"commands": [c.to_dict() for c in commands]} if commands else {}
+            chain.append("reading", reading=reading.to_dict(), **told, **({"admits": admits} if admits else {}))
+            if decision is not None:
+                chain.append("decision", decision=decision.to_dict())
+                chain.sync()
+        return decision
+
+    def _carry_out(self, decision: Decision) -> None:
+        """Write what was decided, on every rank; then tell what is really there."""
+        before = self._rates()
+        self.pacer.trim(trims_after(self.pacer, decision))
+        if decision.pace is not None:
+            factor, updates = decision.pace
+            self.pacer.pace(factor, self._span(updates), f"decision {decision.id}: {decision.reason}")
+        self.writes = writes_of(self.pacer)
+        self.decisions.append(decision)
+        self.asks += [(ask, decision) for ask in decision.asks if self.snapshots]
+        if not self.consensus.leads:
+            return
+        if self._chain is not None and (decision.acted or decision.commands):
+            self._chain.append(
+                "applied", decision=decision.id, step=decision.step, writes=[w.to_dict() for w in self.writes]
+            )
+        if self._inbox is not None:
+            for result in decision.commands:
+                self._inbox.acknowledge(result["id"], dict(result, before_lr=before, after_lr=self._rates()))
+        told = {"applied", "held", *({"advised"} if self.mode == "advise" else ())}
+        if decision.commands or any(o.what in told for o in decision.outcomes):
+            self._say(f"update {decision.step}: {decision.reason}")
+
+    def _span(self, updates: int) -> str:
+        steps = self.pacer.curve.horizon.steps
+        return f"{updates} steps" if not steps else f"{100.0 * updates / steps!r}%"
+
+    def _rates(self) -> dict[str, float]:
+        return dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
+
+    def _in_optimizer(self) -> list[float]:
+        """What stands in the groups, whoever has written it."""
+        return [float(g["lr"]) for o in self.pacer.optimizers for g in o.param_groups]
+
+    def _new_commands(self, reading: Reading) -> list[Command]:
+        """Commands from Python and from the inbox, and the switch that turns everything off."""
+        found, self._commands = self._commands, []
+        if self._inbox is not None:
+            for item in self._inbox.drain():
+                if isinstance(item, Command):
+                    found.append(item)
+                else:
+                    self._say(f"refused {item.name}: {item.why}")
+        if self.directory is not None and (self.directory / OFF).exists() and not self._switched_off:
+            self._switched_off = True
+            why = f"there is a file {OFF} in the control directory"
+            found.append(Command(op="pause", author=OFF, reason=why))
+            found.append(Command(op="reset", ramp=RETURN, author=OFF, reason=why))
+        return found
+
+    def _opened(self) -> Chain | None:
+        """The log, begun when there is something to write."""
+        if self._chain is None and self.directory is not None:
+            self._inbox = Inbox(self.directory.parent).prepare()
+            self._chain = Chain(self.directory / LOG)
+            if self._chain.empty:
+                self._chain.append("open", **self.describe(), curve=self.pacer.curve.unwalked().to_dict())
+        return self._chain
+
+    def describe(self) -> dict[str, Any]:
+        """What decides here, JSON-able: options, policies, groups."""
+        return {
+            "schema": 1,
+            "options": self.options.to_dict(),
+            "policies": [policy_to_dict(p) for p in self.engine.policies],
+            "groups": dict(self.engine.groups),
+            "steps": self.pacer.curve.horizon.steps,
+        }
+
+    def _say(self, line: str) -> None:
+        self.tell(line)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to make the same decisions; JSON-able and flat."""
+        offset = None if self._chain is None else list(self._chain.offset)
+        inbox = None if self._inbox is None else self._inbox.state_dict()
+        inner = {**self.kept.to_dict(), "describe": self.describe(), "offset": offset, "inbox": inbox}
+        return {"format": 1, "control": json.dumps(inner, allow_nan=False), "telemetry": self.telemetry.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, rollback: bool = False) -> None:
+        """Go on from a saved state; the pacer's own state is loaded by itself.
+
+        Args:
+            rollback: keep what a rollback must not give back: spent budgets and the rungs of the guards.
+
+        Raises:
+            StateError: it is no such state, or of other policies, options or groups, and the pacer's `on_mismatch` is
+                not "config" (go on with these here; policies that both have keep their states).
+        """
+        if state.get("format") != 1:
+            raise StateError(f"controller state format={state.get('format')!r}; this version reads 1")
+        inner = json.loads(state["control"])
+        other = difference(inner["describe"], self.describe())
+        if other and self.pacer.on_mismatch != "config":
+            raise StateError(f"the checkpoint's controller is not this one: {other}; legal is on_mismatch='config'")
+        saved = Kept.from_dict(inner)
+        saved.state = merged(self.engine.init(), saved.state, self.kept.state if rollback else None)
+        dropped, self.kept = self.kept.admits, saved
+        self.telemetry.load_state_dict(state["telemetry"])
+        self.asks = []
+        if self.consensus.leads:
+            self._take_up(inner, "rollback" if rollback else "resume", dropped if rollback else [])
+        self.kept.events.append("rollback" if rollback else "resume")
+
+    def _take_up(self, saved: Mapping[str, Any], kind: str, dropped: list[list[Any]]) -> None:
+        """Go on in the log; what a person ordered after the checkpoint is ordered again."""
+        chain = self._opened()
+        if chain is None:
+            return
+        if saved["inbox"] is not None and self._inbox is not None:
+            self._inbox.load_state_dict(saved["inbox"])
+        seq = 0 if saved["offset"] is None else int(saved["offset"][0])
+        self._commands += commands_after(chain.path, seq)
+        kept = self.kept
+        row = {"step": kept.seen, "state": kept.state, "admits": kept.admits, "dropped": dropped, "from": seq}
+        chain.append(kind, **row, describe=self.describe())
+
+    def close(self) -> None:
+        """Let go of files."""
+        if self._chain is not None:
+            self._chain.close()
+
+
+def _groups(pacer: Pacer) -> dict[str, str]:
+    """Every group's name and its role, empty where it holds several."""
+    rows = [g for o in pacer.optimizers for g in o.param_groups]
+    return {name: str(row.get("role", "")) for name, row in zip(pacer.names, rows, strict=True)}
+
+
+def _refuse_twins(policies: Sequence[Policy]) -> None:
+    names = [p.name for p in policies]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"policies: {twice!r} is given twice; legal is once")
+
+
+def _worded(x: float) -> float | str:
+    """A number that JSON can hold."""
+    return x if math.isfinite(x) else str(x)
+
+
+def _bytes(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
