@@ -15,7 +15,7 @@ SRC = Path(mupace.__file__).parent
 LAYERS = (
     ("errors", "units", "files", "_version"),
     ("schedules", "params", "scales"),
-    ("record", "optimizers", "gradients", "structure", "policies", "complexity"),
+    ("record", "optimizers", "gradients", "clipping", "weighting", "structure", "policies", "complexity"),
     ("scaling",),
     ("pacer", "migrate"),
     ("telemetry",),

@@ -19,7 +19,9 @@ from torch import nn
 from families import TRAINED, gpt2, llama, loss_of, lr_of
 from mupace.errors import ConfigError, MatchError, MupaceWarning, StateError
 from mupace.optimizers import optimizer
+from mupace.pacer import Pacer
 from mupace.params import param_table
+from mupace.params.presets import DECAY_PRESETS, ROLE_PRESETS
 from mupace.scales import (
     ROLE_POLICY,
     Rule,
@@ -35,6 +37,8 @@ from mupace.scales import (
     scale,
     unfreeze,
 )
+from mupace.scaling import parametrize
+from mupace.schedules import schedule
 
 torch.set_num_threads(1)
 
@@ -400,3 +404,115 @@ def test_rules_may_stand_in_sequences_or_alone() -> None:
     assert alone == [(g["name"], g["lr"]) for g in groups(model, [(scale("1", lr=0.5),), ()], lr=1.0)]
     with pytest.raises(ConfigError, match="is not a rule"):
         groups(model, "linear", lr=1.0)
+
+
+# Presets and groups that are kept apart -------------------------------------------------------------------------------
+
+
+def test_presets_are_their_tables() -> None:
+    sharp = lr_of(groups(llama(), role_policy("sharpness"), lr=6.0))
+    wanted = {"q_proj": 8, "k_proj": 8, "v_proj": 4, "o_proj": 4, "up_proj": 6, "norm": 1, "embed_tokens": 10}
+    for name, lr in sharp.items():
+        assert lr == pytest.approx(next((x for key, x in wanted.items() if key in name), 6.0)), name
+    assert [rule.text for rule in role_policy()] == [rule.text for rule in role_policy("stability")]
+    for table in ROLE_PRESETS.values():
+        assert all(0 < low <= used <= high for low, high, used in table.values())
+        assert table["ffn"] == (1.0, 1.0, 1.0)
+    with pytest.raises(ConfigError, match="preset='speed'"):
+        role_policy("speed")
+
+
+def test_the_embedding_decays_more_although_its_rate_is_lower() -> None:
+    made = by_name(groups(llama(), role_policy(), lr=2.0, weight_decay=0.1))
+    assert made["embedding"]["lr"] * made["embedding"]["weight_decay"] == pytest.approx(1.5 * 2.0 * 0.1)
+    low, high, used = ROLE_POLICY["embedding"]
+    assert 1 < 1.5 * low / used < 1.5 * high / used  # also where a controller has moved its rate
+    bare = by_name(groups(llama(), scale("embedding", lr=used), lr=2.0, weight_decay=0.1))["embedding"]
+    assert bare["lr"] * bare["weight_decay"] < 2.0 * 0.1  # the control: a lower lr alone decays less
+
+
+@pytest.mark.parametrize("preset", sorted(ROLE_PRESETS))
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_presets_multiply_with_a_plan(preset: str, build: Callable[..., nn.Module]) -> None:
+    """μP's factors and the preset's, tensor by tensor; neither takes the other's place."""
+    changes = {"n_embd": 16, "n_head": 2} if build is gpt2 else {"hidden_size": 16, "intermediate_size": 24}
+    model = build()
+    plan = parametrize(model, base=changes)
+    mine, base = (
+        {name: group for group in made for name, _ in group["params"]}
+        for made in (
+            plan.groups(lr=1.0, weight_decay=0.1, rules=role_policy(preset)),
+            plan.groups(lr=1.0, weight_decay=0.1),
+        )
+    )
+    table = ROLE_PRESETS[preset]
+    decay = DECAY_PRESETS[preset]
+    for row in plan.table:
+        used = table[row.role][2] if row.role in table else 1.0
+        assert mine[row.name]["lr"] == pytest.approx(used * base[row.name]["lr"])
+        shrinks = decay[row.role] / used if row.role in decay else 1.0
+        assert mine[row.name]["weight_decay"] == pytest.approx(shrinks * base[row.name]["weight_decay"])
+        assert mine[row.name].get("clip") == base[row.name].get("clip")
+    assert len({group["lr"] for group in base.values()}) > 1  # the plan does scale
+    assert len({group["lr"] for group in mine.values()}) > len({group["lr"] for group in base.values()})
+
+
+def test_roles_are_kept_apart_where_asked() -> None:
+    plain = groups(llama(), lr=1.0, weight_decay=0.1)
+    assert [group["name"] for group in plain] == ["matrix", "no_decay"]
+    assert all("role" not in group for group in plain)
+    made = groups(llama(), lr=1.0, weight_decay=0.1, split=("norm", "ffn", "router"))
+    found = {group["name"]: group.get("role") for group in made}
+    assert found == {"matrix": None, "ffn": "ffn", "norm": "norm"}
+    assert lr_of(made) == lr_of(plain)
+    for group in made:
+        roles = {TABLE[name].role for name, _ in group["params"]}
+        assert roles == {group["role"]} if "role" in group else not roles & {"norm", "ffn"}
+
+
+def test_classes_of_roles_are_kept_apart_together() -> None:
+    made = by_name(groups(llama(), lr=1.0, weight_decay=0.1, split=("attention",)))
+    assert {TABLE[name].role for name, _ in made["attention"]["params"]} == {
+        "attention_q",
+        "attention_k",
+        "attention_v",
+        "attention_o",
+    }
+    named = by_name(groups(llama(), lr=1.0, split=("attention", "attention_q")))
+    assert {TABLE[name].role for name, _ in named["attention_q"]["params"]} == {"attention_q"}
+    assert named["attention"]["role"] == "attention"
+    every = groups(llama(), lr=1.0, weight_decay=0.1, split=("*",))
+    assert sorted(group["name"] for group in every) == sorted(group["role"] for group in every) == sorted(TABLE.roles)
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_groups_kept_apart_have_names_of_their_own(family: str) -> None:
+    rules = [layer_decay(0.8), *role_policy()]
+    for split in ((), ("*",), ("attention", "norm")):
+        made = groups(TRAINED[family](), rules, lr=1e-3, weight_decay=0.1, split=split)
+        assert len({group["name"] for group in made}) == len(made)
+        assert all(group["role"] in group["name"].split(" ") for group in made if "role" in group)
+        placed = [id(tensor) for group in made for _, tensor in group["params"]]
+        assert len(placed) == len(set(placed))
+
+
+@pytest.mark.parametrize(
+    ("split", "message"), [("norm", r"split='norm': legal is a sequence"), (("norms",), "split='norms'")]
+)
+def test_what_cannot_be_kept_apart(split: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        groups(llama(), lr=1.0, split=split)
+
+
+def test_a_plan_keeps_roles_apart_and_the_pacer_takes_them() -> None:
+    model = llama()
+    plan = parametrize(model, base={"hidden_size": 16, "intermediate_size": 24})
+    made = plan.groups(lr=1e-3, weight_decay=0.1, rules=role_policy(), split=("norm", "embedding"))
+    assert {"norm", "embedding"} <= {group.get("role") for group in made}
+    opt = torch.optim.AdamW(made)
+    Pacer(opt, schedule("hold", total="9 steps"), plan=plan)
+    again = torch.optim.AdamW(plan.groups(lr=1e-3, weight_decay=0.1, rules=role_policy(), split=("norm", "embedding")))
+    again.load_state_dict(opt.state_dict())
+    assert [group.get("role") for group in again.param_groups] == [group.get("role") for group in opt.param_groups]
+    two = optimizer("muon", groups(llama(), lr=1e-3, split=("ffn", "norm")), table=param_table(llama()))
+    assert [[group.get("role") for group in one.param_groups] for one in two] == [[None, "ffn"], [None, "norm"]]

@@ -5,7 +5,8 @@
     │   ├── MatchError          a pattern or a name that fits nothing, or a tensor that fits no rule
     │   └── DataError           text that is empty, unreadable or too short
     └── StateError              saved state that does not belong to what it is loaded into
-        └── CheckpointError     a checkpoint directory that is incomplete, corrupt or foreign
+        ├── CheckpointError     a checkpoint directory that is incomplete, corrupt or foreign
+        └── RankDivergence      processes of one run that are no longer at the same numbers
     MupaceWarning               (a UserWarning) something legal that a person probably did not mean
 
 A message is one line: the argument as it was written, what was given, what is legal. The command line prints
@@ -39,6 +40,10 @@ class StateError(MupaceError):
 
 class CheckpointError(StateError):
     """A checkpoint directory that is incomplete, corrupt or foreign."""
+
+
+class RankDivergence(StateError):
+    """Processes of one run that are no longer at the same numbers; raised on all of them."""
 
 
 class MupaceWarning(UserWarning):

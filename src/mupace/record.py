@@ -305,7 +305,7 @@ def read(path: str | os.PathLike[str]) -> Run:
     """Reads a record file, or that of rank 0 in a run directory, without torch.
 
     Rows that a later `resume` at step k went back before are dropped: updates, evaluations, samples,
-    checkpoints and replans of a step > k, and the skipped updates, samples and replans of step k that no
+    checkpoints, decisions and replans of a step > k, and the skipped updates, samples and replans of step k that no
     checkpoint or end of step k follows.
 
     Raises:
@@ -345,7 +345,7 @@ def _sorted_by_type(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-_UNDONE = frozenset({"update", "eval", "sample", "checkpoint", "replan"})
+_UNDONE = frozenset({"update", "eval", "sample", "checkpoint", "replan", "decision"})
 
 
 def _step(row: Row) -> int:

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mupace.errors import ConfigError, MupaceWarning, StateError
+from mupace.errors import ConfigError, MupaceWarning, StateError, one_of
 from mupace.params import ROLES, Param, ParamTable, matching, param_table
 from mupace.params.naming import unique_names
+from mupace.params.presets import DECAY_PRESETS, ROLE_CLASSES, ROLE_PRESETS
 from mupace.schedules import Schedule
 from mupace.units import Span
 
@@ -195,29 +196,54 @@ def pace(select: str, *, schedule: str | Schedule | None = None, floor: float | 
     )
 
 
-ROLE_POLICY: Mapping[str, tuple[float, float, float]] = {
-    "embedding": (0.60, 0.75, 0.675),
-    "attention_q": (0.90, 0.90, 0.90),
-    "attention_k": (0.90, 0.90, 0.90),
-    "attention_v": (0.90, 0.90, 0.90),
-    "attention_qkv": (0.90, 0.90, 0.90),
-    "ffn": (1.00, 1.00, 1.00),
-    "norm": (1 / 3, 1 / 2, 0.40),
-}
-"""Role to (lowest, highest, used) lr factor of the house preset, see `role_policy`."""
+ROLE_POLICY = ROLE_PRESETS["stability"]
+"""Role to (lowest, highest, used) lr factor of what `role_policy()` uses."""
 
 
-def role_policy() -> tuple[Rule, ...]:
-    """The house preset of lr factors by role: embedding 0.675, attention q/k/v 0.90, ffn 1.00, norms 0.40.
+def role_policy(preset: str = "stability") -> tuple[Rule, ...]:
+    """A preset of factors by role, as rules; they multiply with whatever else scales a tensor (a plan's μP factors).
 
-    Unproven: the ranges (`ROLE_POLICY`) are this library's role policy, no published measurement is known for
-    them, and Wang et al., "The Sharpness Disparity Principle in Transformers for Accelerating Language Model
-    Pre-Training" (arXiv 2502.19002), report gains from embeddings at ten times the rate of norms. Compare
-    before you adopt it.
+    | role | "stability" | "sharpness" |
+    |---|---|---|
+    | embedding | 0.675 of 0.60–0.75 | 10/6 |
+    | attention q, k | 0.90 | 8/6 |
+    | attention v | 0.90 | 4/6 |
+    | attention o | 1 | 4/6 |
+    | fused attention q/k/v | 0.90 | 4/6 |
+    | ffn | 1 | 1 |
+    | norm (every gain, residual scales too) | 0.40 of 1/3–1/2 | 1/6 |
+
+    "stability": unproven. The ranges are this library's role policy, no published measurement is known for them. The
+    embedding's weight decay is multiplied so that lr · weight_decay, by which AdamW shrinks a weight, is 1.5 times the
+    base's although the lr is lower.
+
+    "sharpness": Wang et al., "The Sharpness Disparity Principle in Transformers for Accelerating Language Model
+    Pre-Training" (arXiv 2502.19002) train norms at a rate η that suits them, the sharpest, value and output at 4 η, ffn
+    at 6 η, query and key at 8 η and embeddings at 10 η. Here all are divided by 6, so that the preset leaves ffn alone:
+    their setting is `lr=6 * η`. Their weight decay is one number for all, so lr · weight_decay moves with the lr.
+    Promising: one group's result, on 0.1B to 2B parameters.
+
+    The two disagree about embeddings: compare before you adopt either. Roles that a preset does not name (head, bias,
+    router) stay as they are.
+
+    Args:
+        preset: "stability" or "sharpness".
+
+    Raises:
+        ConfigError: for another preset.
     """
+    if preset not in ROLE_PRESETS:
+        raise one_of("preset", preset, ROLE_PRESETS)
+    written = "role_policy()" if preset == "stability" else f"role_policy({preset!r})"
+    shrinks = DECAY_PRESETS[preset]
     return tuple(
-        Rule(select=(role,), scales=Scales(lr=lr), optional=True, text=f"role_policy() {role}")
-        for role, (_, _, lr) in ROLE_POLICY.items()
+        Rule(
+            select=(role,),
+            scales=Scales(lr=lr, weight_decay=shrinks[role] / lr if role in shrinks else 1.0),
+            optional=True,
+            text=f"{written} {role}",
+        )
+        for role, (_, _, lr) in ROLE_PRESETS[preset].items()
     )
 
 
@@ -232,13 +258,14 @@ def groups(
     weight_decay: float = 0.0,
     eps: float | None = None,
     no_decay: Sequence[str] = NO_DECAY,
+    split: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The param groups of a model, for any torch optimizer: every trainable tensor in exactly one group.
 
     Tensors with the same values and the same pace share a group. The first group is the largest of those at
     the base lr. Keys: params (pairs of name and tensor), name, lr, weight_decay, eps (when given), and where
-    set clip (the weight of its squared gradient norm), floor, schedule and unfreeze, which the pacer reads. The
-    model is not changed: a frozen tensor is in no group, and keeps its gradient until
+    set role (see split), clip (the weight of its squared gradient norm), floor, schedule and unfreeze, which the pacer
+    reads. The model is not changed: a frozen tensor is in no group, and keeps its gradient until
     `freeze_parameters(model, rules)` is called. torch's optimizers take the dicts over and change them, so call
     `groups` once for each optimizer.
 
@@ -250,6 +277,9 @@ def groups(
         weight_decay: base weight decay.
         eps: base eps, needed when a rule scales it.
         no_decay: selectors of tensors without weight decay; roles may be absent from the model.
+        split: roles, or classes of them (`ROLE_CLASSES`: "attention"; "*" is every role by itself), whose tensors share
+            no group with others even where their values are equal, so that they can be moved apart later; such a group
+            has the key role. A role that is named wins over its class; roles may be absent from the model.
 
     Raises:
         MatchError: for a selector that matches nothing, or a tensor without a role.
@@ -276,9 +306,10 @@ def groups(
     table = _live_table(model)
     everything = [*_flat(rules), *_no_decay_rules(no_decay)]
     settings = _resolve(table, everything)
+    apart = _apart(table, split)
     if eps is None and any(setting.scales.eps != 1.0 for setting in settings.values()):
         raise ConfigError("eps is not given, but a rule scales it: write groups(..., eps=1e-8)")
-    made = _merged(table, settings, bases)
+    made = _merged(table, settings, bases, apart)
     return made if rate is None else [{**g, "lr": rate.new_tensor(g["lr"])} for g in made]
 
 
@@ -374,7 +405,21 @@ def _setting(table: ParamTable, row: Param, rules: Sequence[Rule]) -> _Setting:
     return _Setting(scales, tuple(pace))
 
 
-def _merged(table: ParamTable, settings: Mapping[str, _Setting], bases: Mapping[str, float]) -> list[dict[str, Any]]:
+def _apart(table: ParamTable, split: Sequence[str]) -> dict[str, str]:
+    """Role to the word under which it is kept apart."""
+    if isinstance(split, str):
+        raise ConfigError(f"split={split!r}: legal is a sequence of roles, such as ({split!r},)")
+    for word in split:
+        if word not in (*ROLES, *ROLE_CLASSES, "*"):
+            raise one_of("split", word, (*ROLES, *ROLE_CLASSES, "*"))
+    by_class = {role: word for word, roles in ROLE_CLASSES.items() if word in split for role in roles}
+    named = {role: role for role in table.roles if role in split or ("*" in split and role not in by_class)}
+    return {**by_class, **named}
+
+
+def _merged(
+    table: ParamTable, settings: Mapping[str, _Setting], bases: Mapping[str, float], apart: Mapping[str, str]
+) -> list[dict[str, Any]]:
     alike: dict[tuple[Any, ...], list[Param]] = {}
     plain = all(setting.scales.clip == 1.0 for setting in settings.values())
     for row in table:
@@ -382,7 +427,8 @@ def _merged(table: ParamTable, settings: Mapping[str, _Setting], bases: Mapping[
             setting = settings[row.name]
             values = tuple((name, base * getattr(setting.scales, name)) for name, base in bases.items())
             clip = () if plain else (("clip", setting.scales.clip),)
-            alike.setdefault((*values, *clip, *setting.pace), []).append(row)
+            role = (("role", apart[row.role]),) if row.role in apart else ()
+            alike.setdefault((*values, *clip, *setting.pace, *role), []).append(row)
     ordered = sorted(alike.items(), key=lambda item: _rank(item, bases["lr"]))
     names = unique_names(table, [rows for _, rows in ordered], [dict(key) for key, _ in ordered], bases)
     return [

@@ -29,7 +29,11 @@ def trims_after(pacer: Pacer, decision: Decision) -> dict[tuple[str, str], Trim]
 
 
 def carried(pacer: Pacer) -> dict[str, float]:
-    """Readings of what feedback there is: `trim.<policy>.<group>`, and whether the schedule can be walked from here."""
+    """Readings of what feedback there is.
+
+    `trim.<policy>.<group>`; `paceable`, where the schedule can be walked from here; `walk`, the factor of the main curve
+    over what it would be here if it had not been walked.
+    """
     found: dict[str, float] = {}
     for (group, field), trim in sorted(pacer.trims.items()):
         name = group if field == "lr" else f"{group}/{field}"
@@ -37,7 +41,8 @@ def carried(pacer: Pacer) -> dict[str, float]:
     curve, x = pacer.curve, pacer.position
     if (curve.warmup_end or 0.0) <= x and curve.walks_until > x:
         found["paceable"] = 1.0
-    return found
+    plan = float(curve.unwalked()(x, curve.horizon.axis)) if curve.walk else 0.0
+    return found | ({"walk": float(curve(x, curve.horizon.axis)) / plan} if plan > 0 else {})
 
 
 def writes_of(pacer: Pacer) -> tuple[Write, ...]:

@@ -1,15 +1,19 @@
 """Confidence: how likely it is that what a policy does helps, from the verdicts on what it did and what it did not do.
 
-Effects x (in standard errors of the forecast, above 0 is better) of applied proposals and of held-back controls are
-taken as normal with unknown mean and variance, each with a normal-inverse-gamma prior that is sceptical (mean 0):
+Effects x (in standard errors of the forecast, above 0 is better) of applied proposals and of held-back controls share
+what the forecast is wrong by:
 
-    k = k₀ + n,   m = Σx/k,   a = a₀ + n/2,   b = b₀ + ½·(Σx² − k·m²)        Var(μ) = b/((a − 1)·k)
+    x = β + δ_arm + ε,   β ~ N(0, 1),   δ_applied, δ_held ~ N(0, 1),   ε ~ N(0, s²)
 
-    confidence = P(μ_applied > μ_held) ≈ Φ((m_a − m_h)/√(Var_a + Var_h))
+    P = [[2, −1], [−1, 2]]/3 + diag(n_a, n_h)/s²,   μ = P⁻¹·(Σx_a, Σx_h)/s²,   s² = (1 + ½·W)/(1 + ½·n)
+
+    confidence = P(δ_applied > δ_held) ≈ Φ((μ_a − μ_h)/√(cᵀ·P⁻¹·c)),   c = (1, −1)
 
 n, Σx, Σx²: sums over the verdicts, halved every `half_life` of the run, so that confidence returns to ½ where nothing
-is learned. k₀ = 1, a₀ = 2, b₀ = 1: one imagined verdict of effect 0 with unit spread (this library's choice). The
-posterior: Murphy, Conjugate Bayesian analysis of the Gaussian distribution, 2007, section 6 (with μ₀ = 0).
+is learned; W: the squares around each arm's own mean, n: both arms together (the mean of s² under an inverse-gamma prior
+with a = 2, b = 1). Where all effects are alike, applied or not, the confidence stays near ½, however far from 0 they
+are: a forecast that misses is nobody's merit. The priors have no source: this library's choice. The posterior of a
+normal mean: Murphy, Conjugate Bayesian analysis of the Gaussian distribution, 2007.
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ from mupace.policies import Verdict
 Sums: TypeAlias = "dict[str, list[float]]"
 """{"applied": [n, Σx, Σx²], "held": [n, Σx, Σx²]}."""
 
-K0, A0, B0 = 1.0, 2.0, 1.0
 LARGEST = 3.0  # standard errors: an effect beyond it counts as this much, so that one outlier decides nothing
 ACTIVE, DROPPED, BACK = 0.8, 0.2, 0.35  # confidence at which a policy is trusted, put off, taken back on probation
 FEWEST = 2  # verdicts before a policy is trusted; one more before it is put off
@@ -40,16 +43,21 @@ def confidence(sums: Mapping[str, list[float]]) -> float:
     >>> confidence(fresh())
     0.5
     """
-    (mean_a, var_a), (mean_h, var_h) = (_posterior(*sums[key]) for key in ("applied", "held"))
-    return 0.5 * (1.0 + math.erf((mean_a - mean_h) / math.sqrt(2.0 * (var_a + var_h))))
+    s2 = _spread(sums)
+    (n_a, total_a, _), (n_h, total_h, _) = sums["applied"], sums["held"]
+    p_a, p_h, p_ah = 2 / 3 + n_a / s2, 2 / 3 + n_h / s2, -1 / 3
+    determinant = p_a * p_h - p_ah * p_ah
+    mean_a = (p_h * total_a - p_ah * total_h) / s2 / determinant
+    mean_h = (p_a * total_h - p_ah * total_a) / s2 / determinant
+    variance = (p_a + p_h + 2 * p_ah) / determinant
+    return 0.5 * (1.0 + math.erf((mean_a - mean_h) / math.sqrt(2.0 * variance)))
 
 
-def _posterior(n: float, total: float, squares: float) -> tuple[float, float]:
-    """Mean and variance of μ."""
-    k = K0 + n
-    mean = total / k
-    b = B0 + 0.5 * max(0.0, squares - k * mean * mean)
-    return mean, b / ((A0 + n / 2 - 1.0) * k)
+def _spread(sums: Mapping[str, list[float]]) -> float:
+    """s², from the squares around the mean of each arm."""
+    rows = [sums[key] for key in ("applied", "held")]
+    within = math.fsum(max(0.0, squares - total * total / n) for n, total, squares in rows if n > 0)
+    return (1.0 + within / 2) / (1.0 + math.fsum(n for n, _, _ in rows) / 2)
 
 
 def learned(sums: Mapping[str, list[float]], verdict: Verdict) -> Sums:

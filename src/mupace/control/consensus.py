@@ -3,7 +3,7 @@
 The calls have a static schedule: every rank makes the same ones at every tick, whatever was decided, measured or went
 wrong. They use a gloo group of their own on the CPU, so they never wait for a device, and never mix with the model's.
 
-    share:  one broadcast of a fixed header (version, tick, length, first 16 bytes of SHA-256 of the payload); a second
+    share:  one broadcast of a fixed header (version, tick, update, length, first 16 bytes of SHA-256 of the payload); a second
             one of the payload where there is one
     digest: one all-reduce MAX of (d, -d), which is MAX and MIN of d at once; d = the first 64 bits of SHA-256 of step,
             names, rates and locks, as two halves of 32 bits
@@ -84,16 +84,17 @@ class Consensus:
         """Whether this is the rank that decides."""
         return self.rank == 0
 
-    def share(self, payload: bytes | None = None) -> bytes:
+    def share(self, payload: bytes | None = None, step: int = 0) -> bytes:
         """The leader's bytes, on every rank; one tick.
 
         Args:
             payload: what the leader says, None or b"" for nothing; None on the others.
+            step: updates that this rank has done; must be the leader's.
 
         Raises:
             ConfigError: a rank that does not lead gives a payload.
             StateError: a rank left or does not answer in time.
-            RankDivergence: this rank is at another tick than the leader, or what it heard is damaged.
+            RankDivergence: this rank is at another tick or update than the leader, or what it heard is damaged.
         """
         if payload is not None and not self.leads:
             raise ConfigError(f"payload={payload!r:.40} on rank {self.rank}: legal is None, rank 0 decides")
@@ -104,14 +105,14 @@ class Consensus:
         if self.size == 1:
             return said
         with self._heard("share"):
-            header = self._from_leader(torch.tensor(_header(self.tick, said), dtype=torch.int64))
-            length = self._checked(header)
+            header = self._from_leader(torch.tensor(_header(self.tick, step, said), dtype=torch.int64))
+            length = self._checked(header, step)
             if length == 0:
                 return b""
             mine = bytearray(said if self.leads else length)
             body = torch.frombuffer(mine, dtype=torch.uint8)
             heard = self._from_leader(body).numpy().tobytes()
-        if _header(self.tick, heard) != header.tolist():
+        if _header(self.tick, step, heard) != header.tolist():
             raise RankDivergence(f"tick {self.tick}: rank {self.rank} heard a payload that is not what rank 0 said")
         return heard
 
@@ -119,13 +120,15 @@ class Consensus:
         dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group)
         return tensor
 
-    def _checked(self, header: torch.Tensor) -> int:
+    def _checked(self, header: torch.Tensor, step: int) -> int:
         """The length in a header that belongs to this tick."""
-        version, tick, length = header.tolist()[:3]
-        if (version, tick) != (VERSION, self.tick) or not 0 <= length <= LARGEST:
+        version, *there, length = header.tolist()[:4]
+        if version != VERSION:
+            raise RankDivergence(f"rank {self.rank} speaks version {VERSION}, rank 0 version {version}: legal is one")
+        if there != [self.tick, step] or not 0 <= length <= LARGEST:
             raise RankDivergence(
-                f"rank {self.rank} is at tick {self.tick} (version {VERSION}), rank 0 at tick {tick} (version "
-                f"{version}): every rank must make the same calls"
+                f"the ranks disagree: rank {self.rank} is at update {step} (tick {self.tick}), rank 0 at update "
+                f"{there[1]} (tick {there[0]})"
             )
         return int(length)
 
@@ -205,9 +208,9 @@ class Consensus:
         self._own, self._group = False, None
 
 
-def _header(tick: int, payload: bytes) -> list[int]:
+def _header(tick: int, step: int, payload: bytes) -> list[int]:
     first, second = struct.unpack("<qq", hashlib.sha256(payload).digest()[:16])
-    return [VERSION, tick, len(payload), first, second]
+    return [VERSION, tick, step, len(payload), first, second]
 
 
 def _bits(step: int, names: Sequence[str], lrs: Sequence[float], wds: Sequence[float], locks: Mapping[str, Any]) -> int:

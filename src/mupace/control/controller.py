@@ -112,12 +112,12 @@ class Controller:
         if self.mode != "act" or not any(hasattr(p, "admit") for p in self.engine.policies):
             return True
         mean, norm = mean_and_largest(self.consensus, float(loss), float(grad_norm))
-        step, good = self.pacer.clock.step + 1, True
+        step, good = self.pacer.clock.step, True
         if self.consensus.leads:
             good, reason, self.kept.state = self.engine.admit(self.kept.state, step, mean, norm)
             self.kept.admits.append([step, _worded(mean), _worded(norm), good])
             if not good:
-                self._say(f"update {step} is left out: {reason}")
+                self._say(f"update {step + 1} is left out: {reason}")
         return agreed(self.consensus, good)
 
     def step(self, loss: Any = None, **numbers: Any) -> Decision | None:
@@ -195,7 +195,8 @@ class Controller:
         planned = dict(zip(self.pacer.names, self.pacer.planned_lr(), strict=True))
         values = {**found.values, **values, **self.kept.sums(self.pacer), "lr": max(rates.values())}
         values |= {f"lr.{g}": v for g, v in rates.items()} | {f"planned.{g}": v for g, v in planned.items()}
-        values |= carried(self.pacer)
+        own = [p.name for p in self.engine.policies if f"trim.{p.name}.*" in p.reads]
+        values |= {f"trim.{name}.{g}": 1.0 for name in own for g in rates} | carried(self.pacer)
         values |= {"snapshot": float(self.kept.snapshot)} if self.snapshots else {}
         steps = self.pacer.curve.horizon.steps or 0
         done = self.pacer.position / self.pacer.curve.horizon.length
@@ -267,6 +268,15 @@ class Controller:
             found.append(Command(op="pause", author=OFF, reason=why))
             found.append(Command(op="reset", ramp=RETURN, author=OFF, reason=why))
         return found
+
+    def open(self) -> None:
+        """Begin the log and make the inbox now, so that commands can be given before the first reading."""
+        if self.consensus.leads and self._opened() is not None and self._inbox is not None:
+            self._inbox.write_status(status_of(self))
+
+    def begin_here(self) -> None:
+        """Count from where the pacer stands: a run that had no controller until now."""
+        self.kept.seen = self.kept.planned = self.pacer.clock.step
 
     def _opened(self) -> Chain | None:
         """The log, begun when there is something to write."""

@@ -20,7 +20,7 @@ from mupace.control import verdicts
 from mupace.control.commands import Command
 from mupace.control.confidence import confidence, faded, fresh, learned, status
 from mupace.control.decisions import Decision, Outcome
-from mupace.control.limits import Groups, allowed, limits_of, multiply, spent
+from mupace.control.limits import Groups, allowed, limits_of, multiply, spent, total
 from mupace.control.options import Options
 from mupace.control.overrides import apply_command
 from mupace.policies import Policy, Proposal, Reading, State, Verdict
@@ -50,6 +50,7 @@ class Engine:
         return {
             "policies": rows, "trims": {}, "locks": {}, "bounds": {}, "paused": False, "pending": [], "events": [],
             "evals": [], "evaluated": None, "due": [], "decisions": 0, "progress": 0.0,
+            "sums": {"spent": 0.0, "planned": 0.0, "gain": 1.0},
             "budget": {"proposals": 0, "last": None, "slew": {}},
         }  # fmt: skip
 
@@ -67,7 +68,8 @@ class Engine:
     def decide(self, state: State, reading: Reading, commands: Sequence[Command] = ()) -> tuple[State, Decision | None]:
         """One step of the arbiter; `state` is not changed in place."""
         state = copy.deepcopy(state)
-        told = self._commands(state, reading, commands)
+        ended, told = self._end_locks(state, reading), self._commands(state, reading, commands)
+        verdicts.note_sums(state, reading)
         verdicts.remember(state, reading)
         judged = verdicts.fallen_due(state, reading, self.options)
         self._learn(state, reading, judged)
@@ -76,21 +78,21 @@ class Engine:
         draft = _Draft(self, state, seen)
         for proposal in self._resolved(self._proposals(state, seen), draft):
             draft.consider(proposal)
-        self._end_locks(state, reading)
-        if not (told or draft.outcomes):
+        if not (told or draft.outcomes or ended):
             return state, None
         state["decisions"] += 1
-        return state, draft.decision(state["decisions"], told)
+        return state, draft.decision(state["decisions"], told, ended)
 
     def _commands(self, state: State, reading: Reading, commands: Sequence[Command]) -> list[dict[str, Any]]:
-        """What became of the commands that are new or were waiting for their update."""
-        waiting = [Command.from_dict(c) for c in state["pending"]]
+        """What became of the commands that are new or were waiting for their update; one that comes twice is one."""
+        waiting = {c["id"]: Command.from_dict(c) for c in state["pending"]}
         state["pending"], told = [], []
-        for command in [*waiting, *commands]:
-            result = apply_command(command, state, reading, self)
+        moved: set[str] = set()
+        for command in (*waiting.values(), *{c.id: c for c in commands if c.id not in waiting}.values()):
+            result = apply_command(command, state, reading, self, moved)
             if result["status"] == "pending":
                 state["pending"].append(command.to_dict())
-                if command in waiting:
+                if command.id in waiting:
                     continue
             told.append(result)
         return told
@@ -120,19 +122,22 @@ class Engine:
         """Repairs first, then judged proposals; of judged ones that pull a group both ways the better one, or none."""
         repairs = [p for p in proposals if not p.judged]
         judged = [p for p in proposals if p.judged]
+        able = [p for p in judged if not draft.why_not(p)]  # what cannot be done stands in nobody's way
         kept = []
         for p in judged:
-            against = [q for q in judged if q is not p and _opposed(self, p, q)]
+            against = [q for q in able if q is not p and p in able and _opposed(self, p, q)]
             if any(q.effect >= p.effect for q in against):
                 draft.refuse(p, "conflict")
             else:
                 kept.append(p)
         return [*repairs, *kept]
 
-    def _end_locks(self, state: State, reading: Reading) -> None:
+    def _end_locks(self, state: State, reading: Reading) -> list[str]:
+        """Take off the locks whose time is over; the groups."""
         over = [g for g, lock in state["locks"].items() if lock["until"] is not None and reading.step >= lock["until"]]
         for group in over:
             del state["locks"][group]
+        return over
 
     def meant(self, target: str) -> tuple[str, ...]:
         """The groups that a target names: all, one by its name, or those of a role."""
@@ -156,16 +161,16 @@ class _Draft:
 
     def consider(self, p: Proposal) -> None:
         """Refuse it, hold it back, advise it, or carry it out."""
-        row = self.state["policies"][p.policy]
-        sure = confidence(row["confidence"].get(p.target, fresh()))
-        groups = self.engine.meant(p.target) if p.kind in ("scale", "pace") else ()
-        why = self._why_not(p, row["status"], groups)
+        sure = confidence(self.state["policies"][p.policy]["confidence"].get(p.target, fresh()))
+        groups = self._groups(p)
+        why = self.why_not(p)
         if why:
+            self.asks += ["snapshot"] if why == "snapshot" and p.kind == "scale" else []  # for the next time
             return self.refuse(p, why, confidence=sure)
         factor, limited = self._factor(p, sure, groups)
         if p.kind in ("scale", "pace") and abs(math.log(factor)) < SMALL:
             return self.refuse(p, limited or "small", confidence=sure, groups=groups)
-        coin = self._coin() if p.judged else None
+        coin = self._coin() if p.judged and self.options.mode == "act" else None
         held = coin is not None and coin < self.options.holds
         what = "held" if held else {"act": "applied", "advise": "advised"}.get(self.options.mode, "observed")
         made = Outcome(
@@ -176,18 +181,22 @@ class _Draft:
             self._note(p, factor, applied=what == "applied")
         return self._carry_out(p, factor, groups) if what == "applied" else None
 
-    def _why_not(self, p: Proposal, status_: str, groups: tuple[str, ...]) -> str:
+    def _groups(self, p: Proposal) -> tuple[str, ...]:
+        return self.engine.meant(p.target) if p.kind in ("scale", "pace") else ()
+
+    def why_not(self, p: Proposal) -> str:
         """The code of the first thing that speaks against it; empty where nothing does."""
+        groups, status_ = self._groups(p), self.state["policies"][p.policy]["status"]
         if p.kind in ("scale", "pace") and not groups:
             return "no_group"
         if self.state["paused"]:
             return "paused"
         if status_ in ("off", "locked"):
-            return status_
+            return str(status_)
         if p.kind == "scale" and any(g in self.state["locks"] for g in groups):
             return "locked"
-        if p.kind == "pace" and self.state["locks"].keys() >= set(groups):
-            return "locked"
+        if p.kind == "pace" and any(lock["value"] is None for lock in self.state["locks"].values()):
+            return "locked"  # the curve is walked for all groups; one that is held at a value does not feel it
         if p.kind == "pace" and not self.reading.get("paceable"):
             return "ended"
         if p.judged and not self._affordable():
@@ -208,7 +217,7 @@ class _Draft:
         left = self.reading.steps - self.reading.step
         if "payback" in p.needs and not p.evidence.get("payback", math.inf) <= left:
             return "payback"
-        if "snapshot" in p.needs and (snapshot is None or (p.kind == "rollback" and snapshot < 0)):
+        if "snapshot" in p.needs and (snapshot is None or snapshot < 0):
             return "snapshot"
         return ""
 
@@ -217,13 +226,24 @@ class _Draft:
         factor, why = p.factor, ""
         if p.judged:
             factor, why = math.pow(factor, sure), "confidence"
-        if p.kind != "scale":
-            return factor, why if factor != p.factor else ""
+        if p.kind not in ("scale", "pace"):
+            return factor, ""
         low, high = self.options.change
         if not low <= factor <= high:
             factor, why = min(max(factor, low), high), "change"
+        if p.kind == "pace":
+            return (1.0, "bounds") if self._walked_far(factor, groups) else (factor, why if factor != p.factor else "")
         within, cut = allowed(self.state, self.options, self.reading, groups, p, factor)
         return within, cut or (why if within != p.factor else "")
+
+    def _walked_far(self, factor: float, groups: tuple[str, ...]) -> bool:
+        """Whether walk and trims together stand at the bound that this pace leads to; a faster one has less rate."""
+        if self.options.bounds is None:
+            return False
+        walk = self.reading.get("walk") or 1.0
+        now = [walk * total(self.state, group) for group in groups]
+        low, high = self.options.bounds
+        return min(now) <= low if factor > 1 else max(now) >= high
 
     def _coin(self) -> float:
         """In [0, 1), from the seed and the number of the proposal; that number survives a rollback."""
@@ -233,8 +253,10 @@ class _Draft:
         return int.from_bytes(digest[:8], "big") / 2.0**64
 
     def _note(self, p: Proposal, factor: float, *, applied: bool) -> None:
-        """Spend the budget, and have it judged."""
+        """Spend the budget, and have it judged; advice is not, nobody knows what became of it."""
         self.state["budget"]["last"] = self.reading.step
+        if self.options.mode != "act":
+            return
         direction = (1 if factor > 1 else -1) * (-1 if p.kind == "pace" else 1)  # a faster pace is less rate
         what = {"policy": p.policy, "target": p.target, "direction": direction, "applied": applied}
         verdicts.to_judge(self.state, self.reading, self.options, **what)
@@ -242,8 +264,6 @@ class _Draft:
     def _carry_out(self, p: Proposal, factor: float, groups: tuple[str, ...]) -> None:
         self.state["policies"][p.policy]["actions"] += 1
         self.state["events"] += ["acted", f"acted:{p.policy}"]
-        if "snapshot" in p.needs and p.kind == "scale":
-            self.asks.append("snapshot")
         if p.kind == "scale":
             multiply(self.state, p.policy, groups, p.field, factor)
             spent(self.state, self.reading.step, groups, factor)
@@ -254,13 +274,13 @@ class _Draft:
         elif p.kind in ("rollback", "stop"):
             self.asks.append(p.kind)
 
-    def decision(self, number: int, told: Sequence[dict[str, Any]]) -> Decision:
+    def decision(self, number: int, told: Sequence[dict[str, Any]], ended: Sequence[str]) -> Decision:
         asks = [*(a for result in told for a in result.get("asks", ())), *self.asks]
         ramps = [self.ramp, *(int(result.get("ramp", 0)) for result in told)]
         return Decision(
             id=number, step=self.reading.step, outcomes=tuple(self.outcomes), commands=tuple(told),
             trims=copy.deepcopy(self.state["trims"]), limits=limits_of(self.state), ramp=max(ramps), pace=self.pace,
-            asks=tuple(dict.fromkeys(asks)), reason=_reason(self.outcomes, told),
+            asks=tuple(dict.fromkeys(asks)), reason=_reason(self.outcomes, told, ended),
         )  # fmt: skip
 
 
@@ -282,9 +302,10 @@ def _together(sums: dict[str, Any]) -> dict[str, list[float]]:
     return {k: [math.fsum(row[k][i] for row in rows) for i in range(3)] for k in ("applied", "held")}
 
 
-def _reason(outcomes: Sequence[Outcome], told: Sequence[dict[str, Any]]) -> str:
+def _reason(outcomes: Sequence[Outcome], told: Sequence[dict[str, Any]], ended: Sequence[str]) -> str:
     """One line: what was done, else what was not, and why."""
-    words = [f"{r['op']} {r['target']}: {r['status']}" + (f" ({r['why']})" if r.get("why") else "") for r in told]
+    words = [f"the lock of {group} has ended" for group in ended]
+    words += [f"{r['op']} {r['target']}: {r['status']}" + (f" ({r['why']})" if r.get("why") else "") for r in told]
     for o in outcomes:
         p = o.proposal
         size = f" x{o.factor:.4g}" if o.factor != 1.0 else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mupace.control.commands import Command
-from mupace.control.limits import MANUAL, multiply, total
+from mupace.control.limits import MANUAL, key, multiply, total
 from mupace.errors import ConfigError
 from mupace.policies import Reading, State
 
@@ -20,8 +20,13 @@ _WHY = {"early": "it is for update {at}", "expired": "it was good until update {
 _CLOSE = 1e-9  # relative: a value on a limit is inside it
 
 
-def apply_command(command: Command, state: State, reading: Reading, engine: Engine) -> dict[str, Any]:
+def apply_command(
+    command: Command, state: State, reading: Reading, engine: Engine, moved: set[str] | None = None
+) -> dict[str, Any]:
     """Carry out one command if it is due; changes `state`.
+
+    Args:
+        moved: groups that a command has moved since the reading; those that this one moves are added.
 
     Returns:
         {"id", "op", "target", "status": applied, refused, expired or pending, "at", "why", "before", "after", …}.
@@ -33,7 +38,7 @@ def apply_command(command: Command, state: State, reading: Reading, engine: Engi
         why = _WHY[due].format(at=command.at, expires=last)
         return {**about, "status": "pending" if due == "early" else "expired", "why": why}
     try:
-        did = _Override(command, state, reading, engine).carry_out()
+        did = _Override(command, state, reading, engine, set() if moved is None else moved).carry_out()
     except ConfigError as refusal:
         return {**about, "status": "refused", "why": str(refusal)}
     return {**about, "status": "applied", "reason": command.reason, **did}
@@ -42,11 +47,18 @@ def apply_command(command: Command, state: State, reading: Reading, engine: Engi
 class _Override:
     """One command on one state."""
 
-    def __init__(self, command: Command, state: State, reading: Reading, engine: Engine) -> None:
-        self.command, self.state, self.reading = command, state, reading
+    def __init__(self, command: Command, state: State, reading: Reading, engine: Engine, moved: set[str]) -> None:
+        self.command, self.state, self.reading, self.moved = command, state, reading, moved
         self.bounds = engine.options.bounds
         self.rates = {name: reading.values[f"lr.{name}"] for name in engine.groups}
-        self.groups = command.check(engine.groups, tuple(state["policies"]), self.rates, self._hard(engine))
+        self.aims = self._aims(engine)
+        now = self.aims if command.op in ("set", "scale") else self.rates
+        self.groups = command.check(engine.groups, tuple(state["policies"]), now, self._hard(engine))
+
+    def _aims(self, engine: Engine) -> dict[str, float]:
+        """The rates that are on their way: when ramps have ended, and after the commands before this one."""
+        held = {g: lock["value"] for g, lock in self.state["locks"].items() if lock["value"] is not None}
+        return {g: held.get(g, self.reading.values[f"planned.{g}"] * total(self.state, g)) for g in engine.groups}
 
     def _hard(self, engine: Engine) -> dict[str, tuple[float, float]]:
         """The hard limits of every rate: factors of what is planned here."""
@@ -77,11 +89,14 @@ class _Override:
         row["status"] = "locked" if self.command.op == "lock" else "probation"
         if self.command.op == "reset":
             row["confidence"] = {}
-            self.state["trims"].pop(name, None)
+            mine = self.state["trims"].pop(name, {})
+            kept = {k: f for k, f in mine.items() if self._barred(k.rpartition("/")[0])}
+            self.state["trims"] |= {name: kept} if kept else {}
         return {"before": before, "after": row["status"], "ramp": self.command.ramp}
 
     def _lock(self) -> dict[str, Any]:
         c = self.command
+        self._stop_ramps()
         at = dict.fromkeys(self.groups, c.value) if c.value is not None else self.rates if c.absolute else {}
         for group in self.groups:
             self.state["locks"][group] = {
@@ -89,6 +104,16 @@ class _Override:
                 "absolute": group in at,
             }  # fmt: skip
         return {"before": self._now(), "after": {g: at.get(g, self.rates[g]) for g in self.groups}}
+
+    def _stop_ramps(self) -> None:
+        """What is still being phased in stays at what it is now; what was ordered with this command is carried out."""
+        for source, mine in self.state["trims"].items():
+            for group in self.groups:
+                if key(group, "lr") in mine and group not in self.moved:
+                    mine[key(group, "lr")] = self.reading.values.get(f"trim.{source}.{group}", 1.0)
+
+    def _barred(self, group: str) -> bool:
+        return bool(self.state["locks"].get(group, {}).get("level") == "all")
 
     def _unlock(self) -> dict[str, Any]:
         locked = [g for g in self.groups if g in self.state["locks"]]
@@ -107,9 +132,10 @@ class _Override:
 
     def _multiplied(self, factors: dict[str, float], value: float | None) -> dict[str, Any]:
         """Move a person's own factors; a group that is locked at a value gets the new one."""
-        after = {g: self.rates[g] * factors[g] if value is None else value for g in self.groups}
+        after = {g: self.aims[g] * factors[g] if value is None else value for g in self.groups}
         for group in self.groups:
-            self._within(group, after[group])
+            self._within(group, after[group], total(self.state, group) * factors[group])
+        self.moved |= set(self.groups)
         for group in self.groups:
             multiply(self.state, MANUAL, [group], "lr", factors[group])
             if self.state["locks"].get(group, {}).get("value") is not None:
@@ -145,6 +171,7 @@ class _Override:
     def _reset(self) -> dict[str, Any]:
         """All feedback on the groups back to 1, a person's own too."""
         before = {g: total(self.state, g) for g in self.groups}
+        self.moved |= set(self.groups)
         for source in sorted(self.state["trims"]):
             mine = self.state["trims"][source]
             self.state["trims"][source] = {k: f for k, f in mine.items() if k.rpartition("/")[0] not in self.groups}
@@ -163,8 +190,11 @@ class _Override:
             raise ConfigError(f"set {group}: the plan has it at 0 here; legal is a lock at a value, or a later update")
         return planned
 
-    def _within(self, group: str, rate: float) -> None:
-        """What a person has bounded holds for people too."""
+    def _within(self, group: str, rate: float, factor: float) -> None:
+        """What a person has bounded holds for people too, and so does the bound on all feedback where the plan is 0."""
+        if self.bounds is not None and not self.bounds[0] * (1 - _CLOSE) <= factor <= self.bounds[1] * (1 + _CLOSE):
+            low, high = self.bounds
+            raise ConfigError(f"group {group!r} would have {factor:g} times its plan; its bounds are {low:g}..{high:g}")
         own = self.state["bounds"].get(group)
         if own is not None and not own[0] * (1 - _CLOSE) <= rate <= own[1] * (1 + _CLOSE):
             raise ConfigError(f"group {group!r} would have lr={rate:g}; its bounds are {own[0]:g}..{own[1]:g}")

@@ -119,7 +119,7 @@ def replay(path: str | Path) -> Replayed:
     for seq, decision in walk:
         was, now = walk.recorded.get(seq), None if decision is None else decision.to_dict()
         made += [] if decision is None else [decision]
-        if _bytes(was) != _bytes(now):
+        if _bytes(was) != _bytes(now) and not (was is None and seq in walk.torn):
             differing.append((seq, was, now))
     return Replayed(
         decisions=tuple(made), readings=walk.readings, differing=tuple(differing),
@@ -160,7 +160,10 @@ class _Walk:
     """Every reading, and Σ of rates as the decisions made here would have it."""
 
     def __post_init__(self) -> None:
-        self.recorded = _by_reading(self.rows)
+        self.recorded, self.torn = _by_reading(self.rows), _torn(self.rows)
+        taken_up = [row["from"] for row in self.rows if row["type"] in ("resume", "rollback")]
+        seqs = [row["seq"] for row in self.rows if row["type"] == "reading"]
+        self.needed = {max((s for s in seqs if s <= at), default=0) for at in taken_up}
         if not self.rows or self.rows[0]["type"] != "open":
             raise StateError("the log does not begin with what a controller is; legal is the log of a run")
         self.engine = self._engine(self.rows[0])
@@ -183,7 +186,8 @@ class _Walk:
         for row in self.rows:
             if row["type"] == "reading":
                 yield row["seq"], self._read(row)
-                self.known.append((row["seq"], self.state))
+                if row["seq"] in self.needed:
+                    self.known.append((row["seq"], self.state))
             elif row["type"] in ("resume", "rollback"):
                 self._taken_up(row)
 
@@ -240,6 +244,13 @@ def _by_reading(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
         elif row["type"] == "decision":
             found[last] = row["decision"]
     return found
+
+
+def _torn(rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Readings after which the process was killed before it could write its decision down."""
+    follows = [row["type"] for row in rows[1:]] + ["end"]
+    ends = ("end", "repaired", "resume")
+    return {row["seq"] for row, next_ in zip(rows, follows, strict=True) if row["type"] == "reading" and next_ in ends}
 
 
 def _unsound(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:

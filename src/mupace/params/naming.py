@@ -32,7 +32,8 @@ def unique_names(
     plain = [not value["weight_decay"] and decaying for value in values]
     if len(parts) == 1:
         return ["all"]
-    names = [_what(part, undecayed) for part, undecayed in zip(parts, plain, strict=True)]
+    kept = [value.get("role") for value in values]  # a group that was asked for is called by its role
+    names = [_what(part, bare, role) for part, bare, role in zip(parts, plain, kept, strict=True)]
     shared = _shared_roles(parts)
     where = [_where(part, table) if shared & {row.role for row in part} else "" for part in parts]
     names = [f"{place} {name}".strip() for place, name in zip(where, names, strict=True)]
@@ -56,8 +57,10 @@ def _told_apart(names: list[str], marks: list[str]) -> list[str]:
     ]
 
 
-def _what(part: Sequence[Param], undecayed: bool) -> str:
+def _what(part: Sequence[Param], undecayed: bool, role: object) -> str:
     roles = {row.role for row in part}
+    if role is not None:
+        return f"{role} no_decay" if undecayed and not roles <= _VECTORS else f"{role}"
     if undecayed and roles <= _VECTORS:
         return "no_decay"
     return f"{_family(roles)} no_decay" if undecayed else _family(roles)

@@ -10,6 +10,7 @@ from importlib.resources import files
 from mupace.record import Run
 from mupace.report import tables
 from mupace.report.charts import Chart, charts, lookup, payload
+from mupace.report.decisions import decisions
 from mupace.report.html import Html, tag
 from mupace.report.plan import Trace, traces
 
@@ -135,6 +136,7 @@ def _details(run: Run, found: list[Trace]) -> list[Html | str]:
     numbers, settings, shown = tables.numbers(run, found), tables.config(run), tables.samples(run)
     return [
         _section("groups", "Parameter groups", tables.groups(run, found)),
+        _section("decisions", "Decisions", decisions(run)),
         _section("events", "Events", tables.events(run)),
         _section("samples", "Samples", *shown[:3], _older(shown[3:])),
         _folded("numbers", "The curves as numbers", numbers),

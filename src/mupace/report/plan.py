@@ -31,7 +31,8 @@ class Trace:
         names: the groups.
         x, taken: where on the curve each update sampled it (in updates), and the rate it used.
         plan_x, planned: the plan as a line to draw; empty without one.
-        deviation: max over updates of |planned(x) − taken| / peak; None if no update lies within a plan.
+        deviation: max over updates of |planned(x) · feedback − taken| / peak, feedback being what the record says that
+            a controller or a person made of the plan; None if no update lies within a plan.
         exact: the plan was evaluated as a curve; else by straight lines between its recorded points.
     """
 
@@ -69,10 +70,10 @@ def traces(run: Run) -> list[Trace]:
 
 def _trace(run: Run, name: str, group: Row) -> Trace:
     peak = _number(group.get("lr"))
-    x, taken = _taken(run, name)
+    x, taken, feedback = _taken(run, name)
     segments = _segments(run, group) if peak else []
     plan_x, factor = _drawn(segments)
-    off = np.abs(_evaluated(segments, x) - taken / peak) if peak else _EMPTY
+    off = np.abs(_evaluated(segments, x) * feedback - taken / peak) if peak else _EMPTY
     off = off[np.isfinite(off)]
     return Trace(
         names=(name,),
@@ -89,14 +90,15 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _taken(run: Run, name: str) -> tuple[Floats, Floats]:
-    """Where each update sampled the curve, and the rate it used; skipped updates used none."""
+def _taken(run: Run, name: str) -> tuple[Floats, Floats, Floats]:
+    """Where each update sampled the curve, the rate it used, and its feedback; skipped updates used none."""
     rates, steps = run.lr.get(name), run.updates.get("step")
     if rates is None or steps is None:
-        return _EMPTY, _EMPTY
+        return _EMPTY, _EMPTY, _EMPTY
+    feedback = np.nan_to_num(run.updates.get(f"feedback.{name}", np.ones(len(rates))), nan=1.0)
     used = np.isfinite(rates) & ~run.updates.get("skipped", np.zeros(len(steps), dtype=bool))
     back = _BACK.get(str(run.header.get("sample", "midpoint")), 0.5)
-    return _within_the_run(run, steps[used] - back), rates[used]
+    return _within_the_run(run, steps[used] - back), rates[used], feedback[used]
 
 
 def _within_the_run(run: Run, x: Floats) -> Floats:

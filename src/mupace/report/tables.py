@@ -12,6 +12,7 @@ import numpy as np
 
 from mupace.record import Row, Run
 from mupace.report.charts import lookup
+from mupace.report.decisions import facts as controller
 from mupace.report.html import Html, table, tag
 from mupace.report.numbers import MISSING, big, count, deviation, duration, rate, real
 from mupace.report.plan import Trace
@@ -81,6 +82,7 @@ def facts(run: Run) -> Html:
         ("Seed", lookup(run, "seed")),
         ("Scaled from a base", _scaled(h.get("parametrize"))),
         ("Began from", _begun(h.get("start"))),
+        ("Controller", controller(run)),
         (
             "Rate taken at",
             {"midpoint": "the middle", "start": "the start", "end": "the end"}.get(str(h.get("sample"))),

@@ -59,6 +59,7 @@ class Plan:
         betas: tuple[float, float] | None = None,
         rules: Rule | Sequence[Rule | Sequence[Rule]] = (),
         no_decay: Sequence[str] = NO_DECAY,
+        split: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """The param groups of the model: the base's numbers, scaled tensor by tensor, in few merged groups.
 
@@ -70,6 +71,7 @@ class Plan:
                 optimizer.
             rules: more rules, as for `mupace.groups`; their factors multiply.
             no_decay: selectors of tensors without weight decay.
+            split: roles that keep groups of their own, as for `mupace.groups`.
 
         Raises:
             ConfigError: as `mupace.groups`; weight decay on a gain that is used as 1 + w and carries a multiplier.
@@ -88,6 +90,7 @@ class Plan:
             weight_decay=weight_decay,
             eps=eps if has_eps else None,
             no_decay=no_decay,
+            split=split,
         )
         self._refuse_decay_to_offset(made)
         moved = {} if betas is None else {"betas": self.duration.betas(betas)}

@@ -5,6 +5,7 @@
         tokenizer.json, …                   the tokenizer, when given
         optimizer.pt                        the optimizers' states and the names of their parameters
         rng.rank0.pt, rng.rank1.pt, …       the random generators of each process
+        averaged.pt                         the averaged weights of a run under a controller
         state.json                          everything else: pacer, scaler, sampler position, counters
         manifest.json                       size and sha256 of every file above, written last
 
@@ -50,6 +51,7 @@ def save(
     keep: int | None = 2,
     tokenizer: Tokenizer | None = None,
     rng_states: Sequence[Mapping[str, Any]] | None = None,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, replacing one of the same step, and remove the oldest beyond `keep`.
 
@@ -62,6 +64,7 @@ def save(
         keep: complete checkpoints to keep up to this step, at least 1; None keeps all.
         tokenizer: saved beside the model.
         rng_states: `rng_state()` of every process in the order of their ranks; this process's own when None.
+        tensors: name -> tensors of a further file <name>.pt, for `read_tensors`.
 
     Raises:
         CheckpointError: the disk is full or the directory cannot be written (the previous checkpoint
@@ -82,6 +85,8 @@ def save(
             _write_tensors(_optimizer_state(model, optimizers), part / "optimizer.pt")
             for rank, rng in enumerate([rng_state()] if rng_states is None else rng_states):
                 _write_tensors(dict(rng), part / f"rng.rank{rank}.pt")
+            for name, values in (tensors or {}).items():
+                _write_tensors(values, part / f"{name}.pt")
             (part / "state.json").write_text(document, encoding="utf-8")
             _seal(part, step, model)
             _publish(part, final)
@@ -114,15 +119,20 @@ def load(path: str | Path, *, model: Any, optimizers: Sequence[Optimizer], rank:
     _check_optimizers(path, saved, model, optimizers)
     rng = None if rank is None else _rng_of(path, rank)
     state: dict[str, Any] = _read_json(path / "state.json")
-    weights = _weights(path, model)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(weights[name])
+    put_weights(path, model)
     for optimizer, values in zip(optimizers, saved["states"], strict=True):
         optimizer.load_state_dict(values)
     if rng is not None:
         set_rng_state(rng)
     return state
+
+
+def put_weights(path: Path, model: Any) -> None:
+    """The weights in a directory, into the model."""
+    weights = _weights(path, model)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
 
 
 def latest(run_dir: str | Path, on_problem: Callable[[str], object]) -> Path | None:
@@ -351,6 +361,7 @@ def _write_tensors(value: Mapping[str, Any], file: Path) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
+    """The tensors of one file of a checkpoint, on the CPU."""
     value: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return value
 

@@ -197,6 +197,7 @@ class GroupsSection(Section):
 
     no_decay: list[str] = Field(default_factory=lambda: ["norm", "bias"])
     layer_decay: float | None = Field(default=None, gt=0, le=1)
+    preset: Literal["stability", "sharpness"] | None = None
     roles: dict[str, str] = Field(default_factory=dict)
     rules: list[RuleSection] = Field(default_factory=list)
 
@@ -222,6 +223,56 @@ class CheckpointSection(Section):
 
     every: Annotated[Length | None, Switch] = "100 steps"
     keep: Positive = 2
+
+
+class ControlSection(Section):
+    """The closed loop: policies that read the run's own measurements, and how far they may go.
+
+    `bounds` are factors of the plan; `policy.<name>` has the options of a policy, `options` those of the arbiter.
+    """
+
+    mode: Literal["off", "observe", "advise", "act"] = "advise"
+    policies: list[str] = Field(default_factory=lambda: ["guard", "time", "rate"])
+    bounds: list[float] | None = None
+    every: Length = "10 steps"
+    probe: Annotated[Length | None, Switch] = None
+    average: bool = True
+    overhead: float | None = Field(default=None, gt=0, lt=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    policy: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> ControlSection:
+        self.made()
+        self.arbiter(every=1, seed=0)
+        return self
+
+    def made(self) -> tuple[Any, ...]:
+        """The policies."""
+        from mupace.policies import policy_of
+
+        for name in self.policy:
+            if name not in self.policies:
+                raise ConfigError(
+                    f"policy.{name} has options, but policies={self.policies}: legal is a policy that runs"
+                )
+        if len(set(self.policies)) < len(self.policies):
+            raise ConfigError(f"policies={self.policies}: legal is each once")
+        return tuple(policy_of(name, self.policy.get(name)) for name in self.policies)
+
+    def arbiter(self, *, every: int, seed: int) -> dict[str, Any]:
+        """The options of the arbiter."""
+        from mupace.control.options import Options
+
+        own = {"mode", "bounds", "every", "seed"} & self.options.keys()
+        if own:
+            raise ConfigError(
+                f"options.{min(own)}: legal is control.{min(own)}"
+                if "seed" not in own
+                else "options.seed: legal is run.seed"
+            )
+        bounds = {} if self.bounds is None else {"bounds": self.bounds}
+        return Options.from_dict({"mode": self.mode, "every": every, "seed": seed, **bounds, **self.options}).to_dict()
 
 
 class RunSection(Section):
@@ -250,6 +301,7 @@ class RunConfig(Section):
     clip: ClipSection = Field(default_factory=ClipSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    control: ControlSection | None = None
     run: RunSection = Field(default_factory=RunSection)
 
     @model_validator(mode="before")
@@ -268,6 +320,19 @@ class RunConfig(Section):
             raise ConfigError(
                 f"parametrize with start.checkpoint={self.start.checkpoint!r}: the weights are trained, and the "
                 "factors of their rates come with them; legal is one of the two sections"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _same_preset(self) -> RunConfig:
+        if self.control is None or "layer" not in self.control.policies:
+            return self
+        preset = self.control.policy.get("layer", {}).get("preset", "stability")
+        if self.groups.preset != preset:
+            given = "not given" if self.groups.preset is None else repr(self.groups.preset)
+            raise ConfigError(
+                f"groups.preset is {given}: the policy 'layer' moves rates inside the ranges of {preset!r}; "
+                f"legal is groups.preset={preset!r}"
             )
         return self
 

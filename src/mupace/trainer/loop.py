@@ -10,21 +10,17 @@ One process, any device. The order of an update is the one that every part of th
 from __future__ import annotations
 
 import math
-import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils import get_total_norm
 
 from mupace.errors import CheckpointError, StateError
-from mupace.gradients import Norms
 from mupace.migrate.calibrate import Calibration
 from mupace.migrate.resume import restore
 from mupace.pacer import Pacer
@@ -35,9 +31,11 @@ from mupace.trainer.config import RunConfig
 from mupace.trainer.data import Sampler
 from mupace.trainer.model import evaluating, generate_text
 from mupace.trainer.parts import Parts, changed_plan, clock_of, describe, intervals, optimizers_of, prepare, rules_of
+from mupace.trainer.process import named_norms, seed_all, signals
 from mupace.trainer.same import refuse_another_run
 from mupace.trainer.scaling import factors_of
 from mupace.trainer.start import source_loss
+from mupace.trainer.steering import Steering
 
 __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
 
@@ -59,7 +57,8 @@ class Result:
         loss: of the last update; None when there was none.
         eval_loss, bits_per_byte: of the last evaluation; None without one.
         seconds: of training, over all processes that worked on this run.
-        reason: "finished", or the signal that stopped it ("SIGTERM", "SIGINT").
+        reason: "finished"; the signal that stopped it ("SIGTERM", "SIGINT"); or why its controller did: "early_stop",
+            "stopped" (a person's command), "diverged" (the end of the recovery ladder).
     """
 
     directory: Path
@@ -120,10 +119,11 @@ class Trainer:
         self.last_loss: float | None = None
         self.last_eval: tuple[float, float] | None = None
         self.lineage = dict(parts.lineage)
+        self.steering = Steering(parts, directory, lambda line: self.progress({"message": line}))
 
     def run(self, replan: Callable[[Pacer], None] | None = None) -> Result:
         """Train to the end of the horizon, or until a signal asks to stop."""
-        _seed(self.config.run.seed)
+        seed_all(self.config.run.seed)
         resumed = self._resume()
         if replan is not None:
             if resumed is None:
@@ -135,7 +135,7 @@ class Trainer:
         if resumed is not None and self._done() and self._last_numbers():
             self.progress({"message": f"this run was finished at update {resumed}: nothing is left to do"})
             return self._result(resumed, "finished")
-        with self._record() as record, _signals(self):
+        with self._record() as record, signals(self), self.steering:
             self._announce(record, resumed)
             self._show_start(record, resumed)
             self._replanned(record)
@@ -144,7 +144,7 @@ class Trainer:
             finally:
                 record.sync()
             self._refuse_lost_run()
-            reason = "finished" if self._done() else str(self.stop)
+            reason = self.steering.ended(self.model) or ("finished" if self._done() else str(self.stop))
             if self.unsaved:
                 self._save(record)
             if reason == "finished":
@@ -155,12 +155,15 @@ class Trainer:
     def _loop(self, record: Record) -> None:
         looked = self.seconds  # when it was last asked what is due; a skipped update asks nothing
         while not self._done() and self.stop is None:
-            if not self._update(record):
+            applied = self._update(record)
+            self._asked(record)
+            if not applied:
                 continue
             step, done = self.pacer.clock.step, self._done()
             before, looked = looked, self.seconds
             if self.config.eval.every is not None and (done or self.eval_interval.due(step, before, self.seconds)):
                 self._evaluate(record)
+                self._asked(record)
             if not done and not self.lost and self.save_interval.due(step, before, self.seconds):
                 self._save(record)
 
@@ -173,21 +176,25 @@ class Trainer:
         began = time.perf_counter()
         lr = dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
         before = self.pacer.clock.step
-        loss = self._accumulate(next(self.sampler))
+        feedback, blocks = self.steering.feedback(), next(self.sampler)
+        loss = self._accumulate(blocks)
         norms, clipped = self._clip()
         # Asked once for all: of two optimizers, one must not step while the other's gradients overflow.
-        if not self.scaler.is_enabled() or math.isfinite(norms["grad_norm"]):
+        overflow = self.scaler.is_enabled() and not math.isfinite(norms["grad_norm"])
+        if not overflow and self.steering.admit(loss, norms["grad_norm"]):
             for optimizer in self.parts.optimizers:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.pacer.step()
+        self.steering.probe(self.pacer.clock.step > before, lambda: self._forward(blocks))
         for optimizer in self.parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.last_loss, self.unsaved = float(loss), True
         spent = time.perf_counter() - began
         self.seconds += spent
         applied = self.pacer.clock.step > before
-        self._log(record, lr, norms, spent, clipped=clipped, skipped=not applied)
+        self._log(record, lr, norms, spent, clipped=clipped, skipped=not applied, **feedback)
+        self.steering.stepped(loss, norms["grad_norm"], clipped, self.scaler)
         self._refuse_skipping_for_ever(applied)
         self.lost = 0 if math.isfinite(self.last_loss) or not applied else self.lost + 1
         if self.lost == MAX_NOT_FINITE:
@@ -206,6 +213,17 @@ class Trainer:
             total += loss.detach()
         return total
 
+    @torch.no_grad()
+    def _forward(self, blocks: Any) -> float:
+        """The loss of a batch as the weights are now, in the precision of training."""
+        ids = self.parts.data.train.take(blocks).to(self.parts.device)
+        with self._autocast():
+            losses = [
+                self.forward(input_ids=m, labels=m, use_cache=False).loss
+                for m in torch.split(ids, self.config.batch.micro)
+            ]
+        return float(torch.stack(losses).double().mean())
+
     def _autocast(self) -> Any:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         precision = self.config.run.precision
@@ -215,6 +233,7 @@ class Trainer:
         """Unscale, clip by value and by norm; returns the global norms before, and whether anything was clipped."""
         for optimizer in self.parts.optimizers:
             self.scaler.unscale_(optimizer)
+        self.steering.gradients()
         by_value, by_norm = self.config.clip.value, self.config.clip.norm
         norms, largest = self.pacer.grad_norms() if by_norm is None or by_value is not None else None, 0.0
         if by_value is not None:
@@ -222,7 +241,7 @@ class Trainer:
             self.pacer.clip_grad_value_(by_value)
         used = 0.0 if by_norm is None else float(self.pacer.clip_grad_norm_(by_norm))
         clipped = largest > (by_value or math.inf) or used > (by_norm or math.inf)
-        return _named_norms(norms or self.pacer.last_grad_norms), clipped
+        return named_norms(norms or self.pacer.last_grad_norms), clipped
 
     def _gradients(self) -> list[torch.Tensor]:
         return [
@@ -260,6 +279,7 @@ class Trainer:
         *,
         clipped: bool,
         skipped: bool,
+        **feedback: Any,
     ) -> None:
         clock, speed = self.pacer.clock, self.tokens_per_step / spent
         scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
@@ -276,6 +296,7 @@ class Trainer:
             tokens_per_second=speed,
             skipped=skipped,
             **scale,
+            **feedback,
         )
         steps = self.pacer.curve.horizon.steps
         self.progress(
@@ -292,8 +313,10 @@ class Trainer:
         """Record how the model does on the validation blocks."""
         mean, bits, tokens = self._measure()
         self.last_eval = (mean, bits)
-        clock = self.pacer.clock
-        record.write("eval", step=clock.step, token=clock.token, loss=mean, tokens=tokens, bits_per_byte=bits)
+        clock, averaged = self.pacer.clock, self.steering.averaged(lambda: self._measure()[0])
+        row = {"loss": mean, "tokens": tokens, "bits_per_byte": bits, **averaged}
+        record.write("eval", step=clock.step, token=clock.token, **row)
+        self.steering.evaluated(self.model, mean, bits, averaged)
         self.progress({"message": f"update {clock.step}: validation loss {mean:.4f}, {bits:.3f} bits per byte"})
 
     @torch.no_grad()
@@ -309,6 +332,29 @@ class Trainer:
                 total, tokens = total + float(loss) * n, tokens + n
         mean = total / tokens
         return mean, mean / math.log(2) / self.parts.data.valid_bytes_per_token, tokens
+
+    def _asked(self, record: Record) -> None:
+        """Keep the decisions of the controller in the record, and do what they ask for."""
+        for row in self.steering.told():
+            record.write("decision", **row)
+        self._changed(record)
+        for ask in self.steering.asked():
+            if ask == "snapshot":
+                self._save(record)
+            elif ask == "rollback":
+                self._roll_back(record)
+            else:
+                self.stop = ask
+
+    def _roll_back(self, record: Record) -> None:
+        """Back to the last checkpoint, and on with the data that comes now: what led here is left out."""
+        path = checkpoint.latest(self.directory, lambda line: None)
+        if path is None:
+            return
+        self._load(path, rollback=True)
+        self.lost = self.skips = 0
+        record.write("resume", step=self.pacer.clock.step, path=path.name, rollback=True)
+        self.progress({"message": f"rolled back to update {self.pacer.clock.step}"})
 
     def _sample(self, record: Record) -> None:
         e = self.config.eval
@@ -331,6 +377,7 @@ class Trainer:
             "clock": clock_of(self.pacer, self.seconds),
             "scales": factors_of(self.parts.plan),
             **({"start": self.lineage} if self.lineage else {}),
+            **self.steering.state(),
         }
         path = checkpoint.save(
             self.directory,
@@ -340,6 +387,7 @@ class Trainer:
             state=state,
             keep=c.checkpoint.keep,
             tokenizer=self.parts.data.tokenizer,
+            tensors=self.steering.tensors(),
         )
         self.unsaved = False
         record.write("checkpoint", step=self.pacer.clock.step, path=path.name)
@@ -394,15 +442,23 @@ class Trainer:
             self.progress({"message": f"left out: {line}", "problem": True})
         if path is None:
             return None
-        refuse_another_run(path, checkpoint.read_state(path), self.parts)
+        saved = checkpoint.read_state(path)
+        refuse_another_run(path, saved, self.parts)
+        self.steering.refuse_another(path, saved)
+        self._load(path)
+        return self.pacer.clock.step
+
+    def _load(self, path: Path, *, rollback: bool = False) -> None:
+        """Stand where a checkpoint was written; after a rollback the data and the seconds go on."""
         state = checkpoint.load(path, model=self.model, optimizers=self.parts.optimizers)
         self.pacer.load_state_dict(state["pacer"])
         self.journaled = state["pacer"]["journaled"]
-        self.sampler.load_state_dict(state["sampler"])
         if state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.seconds = float(state["seconds"])
-        return self.pacer.clock.step
+        self.steering.load(path, state, rollback=rollback)
+        if not rollback:
+            self.sampler.load_state_dict(state["sampler"])
+            self.seconds = float(state["seconds"])
 
     def _record(self) -> Record:
         sinks = [TensorBoardSink(self.directory / "tensorboard")] if self.config.run.tensorboard else []
@@ -421,12 +477,17 @@ class Trainer:
 
     def _replanned(self, record: Record) -> None:
         """Record and save a plan that was changed at this resume, so that a kill cannot undo the change."""
+        if self._changed(record):
+            self._save(record)
+
+    def _changed(self, record: Record) -> bool:
+        """Record what has changed in the plan; whether anything has."""
         new = self.pacer.journal[self.journaled :]
         for row in new:
             record.write("replan", **row, **(changed_plan(self.pacer) if row is new[-1] else {}))
             self.progress({"message": f"plan changed by {row['rule']}: {self.pacer.curve.schedule}"})
-        if new:
-            self._save(record)
+        self.journaled += len(new)
+        return bool(new)
 
     def _last_numbers(self) -> bool:
         """Take the last loss and evaluation from the record; True if it also says that the run was finished here."""
@@ -451,37 +512,3 @@ class Trainer:
             seconds=self.seconds,
             reason=reason,
         )
-
-
-def _named_norms(norms: Norms | None) -> dict[str, float]:
-    """The norms as a row of the record names them; the one that is used for clipping only where it is another."""
-    assert norms is not None  # one of the two has been taken
-    row = {"grad_norm": float(norms.plain)}
-    return row if norms.used is norms.plain else {**row, "grad_norm_equivariant": float(norms.used)}
-
-
-def _seed(seed: int) -> None:
-    """Seed every generator that a model may draw from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-
-
-@contextmanager
-def _signals(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and SIGINT end the run after the present update, with a checkpoint; a second one ends it at once."""
-
-    def ask(number: int, frame: object) -> None:
-        trainer.stop = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-
-    try:
-        old = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: the embedding program owns the signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's

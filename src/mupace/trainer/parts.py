@@ -26,7 +26,7 @@ from mupace.optimizers import optimizer as build_optimizers
 from mupace.pacer import Pacer
 from mupace.pacer.lanes import GroupSpec
 from mupace.params import ParamTable, param_table
-from mupace.scales import Rule, freeze, freeze_parameters, groups, layer_decay, pace, scale, unfreeze
+from mupace.scales import Rule, freeze, freeze_parameters, groups, layer_decay, pace, role_policy, scale, unfreeze
 from mupace.schedules import Curve
 from mupace.trainer.config import GroupsSection, RuleSection, RunConfig
 from mupace.trainer.data import Dataset
@@ -243,11 +243,18 @@ def groups_of(config: RunConfig, table: ParamTable, plan: Plan | None = None) ->
         "lr": config.peak,
         "weight_decay": config.optimizer.weight_decay,
         "no_decay": config.groups.no_decay,
+        "split": split_of(config),
     }
     if plan is None:
         return groups(table, rules, eps=eps, **common)
     common |= {} if eps is None else {"eps": eps}
     return plan.groups(rules=rules, betas=betas_of(config, plan), **common)
+
+
+def split_of(config: RunConfig) -> tuple[str, ...]:
+    """Roles that keep groups of their own: all of them where a policy moves them apart."""
+    control = config.control
+    return ("*",) if control is not None and "layer" in control.policies and control.mode != "off" else ()
 
 
 def base_eps(config: RunConfig) -> float | None:
@@ -260,6 +267,7 @@ def base_eps(config: RunConfig) -> float | None:
 def rules_of(section: GroupsSection) -> list[Rule]:
     """The rules of a [groups] section."""
     found = [] if section.layer_decay is None else [layer_decay(section.layer_decay)]
+    found += [] if section.preset is None else role_policy(section.preset)
     return found + [rule for row in section.rules for rule in _rules(row)]
 
 
