@@ -79,11 +79,11 @@ class Slow:
         total = math.sqrt(sum((own[part] * n) ** 2 for part, n in norm.items()))
         ceiling = min(1.0, self.options["max_norm"] / (total + 1e-6))
         for part, n in norm.items():
-            clipped, before = own[part] * n, self.mean.get(part, math.inf)
-            warm = len(self.seen[part]) < self.options["warmup"]
-            decay = self.options["decay"]
-            self.mean[part] = min(before, clipped) if warm else decay * before + (1 - decay) * clipped
+            warm, decay = len(self.seen[part]) < self.options["warmup"], self.options["decay"]
             self.seen[part].append(n)
+            all_of_them = sum(self.seen[part]) / len(self.seen[part])
+            after = decay * self.mean.get(part, 0.0) + (1 - decay) * own[part] * n
+            self.mean[part] = all_of_them if warm else after
             self.scaled[part].append(own[part] * ceiling < 1)
         return {name: own[self.part_of[name]] * ceiling * grad for name, grad in grads.items()}
 
@@ -220,6 +220,25 @@ def test_a_part_without_gradients_is_left_out() -> None:
     before = clip.state_dict()
     assert float(clip().used) == 0.0
     assert clip.state_dict() == before
+
+
+@pytest.mark.parametrize("rule", ["quantile", "ema"])
+def test_a_tensor_whose_gradient_is_zero_at_first_is_not_held_there(rule: str) -> None:
+    """LoRA's A beside a B of zeros: its norms of 0 say nothing of those to come."""
+    model = model_of()
+    clip = AdaptiveClip([{"params": model.parameters()}], param_table(model), rule=rule, max_norm=1e9, warmup=8)
+    at = clip.parts.index("embedding")
+    for step in range(40):
+        fill(model, step)
+        if step < 20:
+            model.get_parameter("embedding.weight").grad.zero_()  # type: ignore[union-attr]
+        factor = float(clip().factors[at])
+        assert factor == 1.0 or (step >= 28 and factor > 0.5)
+    held = clip.state_dict()
+    held["parts"]["embedding"] |= {"mean": 0.0, "norms": [0.0] * 20}
+    clip.load_state_dict(held)
+    fill(model, 41)
+    assert float(clip().factors[at]) == 0.0  # the control: what would be, had they counted
 
 
 @pytest.mark.parametrize("rule", ["quantile", "ema"])

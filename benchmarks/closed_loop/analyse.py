@@ -265,6 +265,10 @@ def fourth(r: Results) -> tuple[bool | None, list[str]]:
             out.append(f"{task:10} ours − {other:7} {interval(d)}, {len(d)} seeds, p {p:.4f}")
             if other == "yoked":
                 ran, wins = ran + 1, wins + (p < ALPHA)
+    shipped = r.means("source", "as_shipped", WIDE)
+    for other in ("linear", "ours"):
+        if d := paired(shipped, r.means("source", other, WIDE)):
+            out.append(f"source     as_shipped − {other} at 1/8, 1, 8: {interval(d)}, {len(d)} seeds")
     need = {5: 3, 4: 3, 3: 2}.get(ran)
     out.append(f"ours better than yoked on {wins} of {ran} tasks; needed {'more tasks' if need is None else need}")
     return (need is not None and wins >= need) if ran else None, out

@@ -126,22 +126,26 @@ def faults(*arms: str) -> Callable[[Rows], Iterator[Job]]:
 
 BASELINES = tuple(a for a in ARMS if a not in ("ours", "as_shipped", *FOLLOWERS))
 CLOSED = ("ours", *FOLLOWERS)
+DECIDING = ("linear", "guards", *CLOSED)
 STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
     "tune": tuning("quadratic", "source"),
     "source": confirming("source", ("linear", "wsd", "guards"), SEEDS["source"]),
     "faults": faults("linear", "guards"),
-    "quadratic": confirming("quadratic", BASELINES, SEEDS["quadratic"]),
-    "source_others": confirming("source", BASELINES, SEEDS["source"]),
     "source_closed": confirming("source", CLOSED, SEEDS["source"]),
-    "quadratic_closed": confirming("quadratic", CLOSED, SEEDS["quadratic"]),
-    "source_core": confirming("source", CORE, SEEDS["core"]),
-    "at_one": confirming("source", CORE, SEEDS["at_one"], (1.0,)),
     "faults_closed": faults("ours"),
+    "at_one": confirming("source", ("linear", "ours"), SEEDS["at_one"], (1.0,)),
+    "quadratic": confirming("quadratic", BASELINES, SEEDS["quadratic"]),
+    "quadratic_closed": confirming("quadratic", CLOSED, SEEDS["quadratic"]),
+    "shift": confirming("shift", DECIDING, SEEDS["other"], WIDE),
+    "corrupted": confirming("corrupted", DECIDING, SEEDS["other"], WIDE),
+    "source_others": confirming("source", BASELINES, SEEDS["source"]),
     "as_shipped": confirming("source", ("as_shipped",), SEEDS["other"], WIDE),
-    "shift": confirming("shift", SOME, SEEDS["other"], WIDE),
-    "corrupted": confirming("corrupted", SOME, SEEDS["other"], WIDE),
+    "source_core": confirming("source", CORE, SEEDS["core"]),
+    "at_one_core": confirming("source", CORE, SEEDS["at_one"], (1.0,)),
+    "shift_all": confirming("shift", SOME, SEEDS["other"], WIDE),
+    "corrupted_all": confirming("corrupted", SOME, SEEDS["other"], WIDE),
     "tune_lora": tuning("lora"),
-    "lora": confirming("lora", SOME, SEEDS["other"], WIDE),
+    "lora": confirming("lora", DECIDING, SEEDS["other"], WIDE),
     "at_one_all": confirming("source", [a for a in ARMS if a != "as_shipped"], SEEDS["at_one"], (1.0,)),
 }
 

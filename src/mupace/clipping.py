@@ -42,19 +42,23 @@ class AdaptiveClip:
         then all:   min(1, max_norm / ‖clipped g‖_ρ)
 
     A part is a role, a tensor or the whole model (`scope`); ‖·‖_ρ weighs a tensor's ‖g‖² by its group's `clip`, as
-    `Pacer.clip_grad_norm_` does, so that a widened model clips as its base. Before `warmup` finite norms of a part T is
-    infinite there and `max_norm` alone clips; "ema" keeps the least norm meanwhile. A norm that is NaN or infinite
-    enters no statistic, and makes all gradients NaN as torch's clipping does: leave such an update out.
+    `Pacer.clip_grad_norm_` does, so that a widened model clips as its base. Before `warmup` norms of a part T is
+    infinite there and `max_norm` alone clips; m is their plain mean meanwhile.
+
+    A norm of 0 enters no statistic (a tensor that has no gradient at first would never get one), nor does one that is
+    NaN or infinite. That one makes all gradients NaN, as torch's clipping does: leave such an update out.
 
     Nothing waits for a device. Every rank decides alike, because it sees the same gradients (DDP) or the norm over all
     shards (FSDP2, DTensor).
 
     Sources: Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks" (arXiv
     2007.14469) clip at a low quantile of all past norms; Wang et al., "AdaGC: Improving Training Stability for Large
-    Language Model Pretraining" (arXiv 2502.11034) clip each tensor at a multiple of the mean of its clipped norms, with
-    their minimum while warming up. The window, q, the roles and the defaults of `decay` and `factor` have no source:
-    this library's choice. For AdaGC's form (scope="tensor", rule="ema") there is good evidence of stability at high
-    rates, and of little where a run is stable anyway; for the others none.
+    Language Model Pretraining" (arXiv 2502.11034) clip each tensor at a multiple of the mean of its clipped norms. They
+    begin with the least norm of the warm-up; as m rises by (1 − decay)(factor − 1), 0.1 %, per update at most, one tiny
+    norm would hold a tensor down for thousands of updates, so here it begins with their mean. The window, q, the roles
+    and the defaults of `decay` and `factor` have no source: this library's choice. For AdaGC's form (scope="tensor",
+    rule="ema") there is good evidence of stability at high rates, and of little where a run is stable anyway; for the
+    others none.
 
     Args:
         groups: an optimizer, several, or param groups.
@@ -65,7 +69,7 @@ class AdaptiveClip:
         rule: "quantile" or "ema".
         quantile: q, in (0, 1).
         window: norms in the ring of each part, and of the clip rate; at least `warmup`.
-        warmup: finite norms of a part before its own threshold counts; 1 or more.
+        warmup: norms of a part, finite and above 0, before its own threshold counts; 1 or more.
         decay: of the mean, in (0, 1).
         factor: multiple of the mean; positive.
 
@@ -123,7 +127,7 @@ class AdaptiveClip:
         self._ring = torch.full(shape, math.inf, **on)  # inf: not filled yet
         self._scaled = torch.zeros(shape, device=self._device, dtype=torch.bool)
         self._count = torch.zeros(n, device=self._device, dtype=torch.int64)
-        self._mean = torch.full((n,), math.inf, **on)
+        self._mean = torch.zeros(n, **on)
         self._zero = torch.zeros((), **on)
         self._roots = [math.sqrt(rho) for part in self._members for rho, _ in part]
         self._weights = torch.tensor(self._roots, **on)  # of use for parts of one tensor each
@@ -199,18 +203,16 @@ class AdaptiveClip:
     def _observe(
         self, norm: torch.Tensor, own: torch.Tensor, factors: torch.Tensor, there: torch.Tensor | None
     ) -> None:
-        """Take the norms in; those that are not finite, or of parts without gradients, leave everything as it was."""
-        known = norm.isfinite() if there is None else norm.isfinite() & there
+        """Take the norms in; those that are 0 or not finite, or of parts without gradients, leave all as it was."""
+        known = norm.isfinite() & (norm > 0)
+        known = known if there is None else known & there
         slot = (self._count % self.window)[:, None]
         for ring, value in ((self._ring, norm), (self._scaled, factors < 1)):
             ring.scatter_(1, slot, torch.where(known, value, ring.gather(1, slot)[:, 0])[:, None])
-        clipped = own * norm
-        warm = torch.where(
-            self._count < self.warmup,
-            torch.minimum(self._mean, clipped),
-            self.decay * self._mean + (1 - self.decay) * clipped,
-        )
-        self._mean.copy_(torch.where(known, warm, self._mean))
+        among = (self._count + 1).to(self._mean.dtype)
+        share = torch.where(self._count < self.warmup, 1 / among, 1 - self.decay)
+        moved = self._mean + share * (own * norm - self._mean)
+        self._mean.copy_(torch.where(known, moved, self._mean))
         self._count += known
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class AdaptiveClip:
             "scope": self.scope,
             "window": self.window,
             "parts": {
-                name: {"count": count, "mean": mean if count else None, "norms": ring[:n], "scaled": scaled[:n]}
+                name: {"count": count, "mean": mean, "norms": ring[:n], "scaled": scaled[:n]}
                 for name, n, count, mean, ring, scaled in rows
             },
         }
@@ -248,7 +250,7 @@ class AdaptiveClip:
             self._ring[i, :n] = self._ring.new_tensor(row["norms"])
             self._scaled[i, :n] = self._scaled.new_tensor(row["scaled"])
             self._count[i] = row["count"]
-            self._mean[i] = math.inf if row["mean"] is None else row["mean"]
+            self._mean[i] = row["mean"]
 
 
 def _over_all(norm: torch.Tensor) -> torch.Tensor:

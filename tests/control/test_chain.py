@@ -135,6 +135,17 @@ def test_a_torn_row_of_any_length_is_cut_and_said(log: Path) -> None:
         assert rows[4]["bytes"] == kept
 
 
+def test_a_torn_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"factor":')
+    assert read(path) == []
+    with Chain(path) as chain:
+        assert chain.offset[0] == 1
+    assert [(row["type"], row["bytes"]) for row in read(path)] == [("repaired", 10)]
+    with pytest.raises(StateError, match="cannot be read: No such file"):
+        read(tmp_path / "other.jsonl")
+
+
 def test_a_log_whose_end_was_changed_is_not_gone_on_with(log: Path) -> None:
     rows = lines(log)
     for bad, says in (

@@ -27,11 +27,11 @@ STATUS: dict[str, Any] = {
     "groups": [
         {"name": "embed", "role": "embedding", "base": 0.003, "schedule": 0.75, "trims": {"rate": 1.5},
          "limits": [1e-5, 0.01], "lock": None, "lr": 0.003375},
-        {"name": "rest", "role": "ffn", "base": 0.001, "schedule": 0.75, "trims": {}, "limits": None,
+        {"name": "rest", "role": ["ffn", "norm"], "base": 0.001, "schedule": 0.75, "trims": {}, "limits": None,
          "lock": {"level": "all", "owner": "bob", "until": 500, "absolute": True, "reason": "test"}, "lr": 0.00075},
     ],
     "pending": [Command(op="scale", value=0.5, author="ada", reason="later", at=400).to_dict()],
-    "last": {"id": 7, "step": 110, "reason": "curvature_convex"},
+    "last": {"id": 7, "step": 110, "reason": "curvature: x0.8", "outcomes": [{"what": "applied"}, {"what": "refused"}]},
     "alarms": ["loss \x1b[31mspike"],
 }  # fmt: skip
 
@@ -77,8 +77,23 @@ def test_status_in_one_screen(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows = [line.split() for line in out.splitlines()]
     assert ["curvature", "probation", "0.5312", "3"] in rows
     assert ["embed", "embedding", "0.003", "0.75", "rate=1.5", "1e-05..0.01", "-", "0.003375"] in rows
-    assert ["rest", "ffn", "0.001", "0.75", "-", "-", "all", "by", "bob", "until", "500", "absolute", "0.00075"] in rows
-    assert "last decision: id=7 step=110 reason=curvature_convex" in out
+    assert [
+        "rest",
+        "ffn,",
+        "norm",
+        "0.001",
+        "0.75",
+        "-",
+        "-",
+        "all",
+        "by",
+        "bob",
+        "until",
+        "500",
+        "absolute",
+        "0.00075",
+    ] in rows
+    assert "last decision: 7, after update 110: curvature: x0.8 (1 applied, 1 refused)" in out
     assert "pending: scale all 0.5 at update 400, by ada: later" in out
     assert "\x1b" not in out
     code, out = call(capsys, run, "status", "--json")
@@ -119,6 +134,10 @@ def test_what_was_not_applied_is_no_success(status: str, run: Path, capsys: pyte
     assert json.loads(out)["status"] == status
 
 
+def test_one_of_several_roles_is_a_target(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, run, "scale", "norm", "0.5", *WHY, "--wait", "0")[0] == 0
+
+
 def test_without_a_controller(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = call(capsys, run, "pause", "--wait", "0.1", *WHY)
     assert code == 1
@@ -138,6 +157,7 @@ def test_without_a_controller(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["scale", "all", "half", *WHY], "scale value='half'"),
         (["scale", "embedd", "0.5", *WHY], "did you mean 'embed' or 'embedding'?"),
         (["lock", "policy:curvatur", *WHY], "did you mean 'curvature'?"),
+        (["scale", "nor", "0.5", *WHY], "did you mean 'norm'?"),
         (["bounds", "all", "1e-5", *WHY], "legal is two learning rates, such as 1e-5..3e-3"),
         (["pause", "--at", "soon", *WHY], "legal is next or an update number"),
         (["pause", "--wait", "-1", *WHY], "legal is a number of seconds"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,12 @@ def test_every_symptom_has_a_rule_and_a_trace() -> None:
     assert LOUD.keys() == SYMPTOMS.keys()
 
 
+def test_the_table_in_the_docs_is_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "diagnosis.md").read_text(encoding="utf-8")
+    for name, s in SYMPTOMS.items():
+        assert f"| `{name}` | {s.signals} | {s.likely} | {'; '.join(s.remedy)} |" in page
+
+
 def test_it_is_pure_and_works_on_a_log() -> None:
     seen = readings(LOUD["oscillation"](quiet()))
     from_log = [Reading.from_dict(json.loads(json.dumps(r.to_dict()))) for r in seen]
@@ -201,13 +208,33 @@ def train(lr: float, updates: int, *, momentum: float = 0.9) -> list[Reading]:
 
 
 @pytest.mark.slow
-def test_real_runs() -> None:
-    """Full-batch runs at rates too small, right, at the edge."""
-    small = diagnose(train(1e-5, 100))
-    assert names(small) == ["lr_too_small"]
+def test_real_runs_at_a_small_and_a_right_rate() -> None:
+    assert names(diagnose(train(1e-5, 100))) == ["lr_too_small"]
     assert names(diagnose(train(0.05, 200))) == []
-    edge = diagnose(train(3.0, 200, momentum=0.5))
-    assert "oscillation" in names(edge)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lr", "momentum", "expected"),
+    [(0.5, 0.0, []), (1.0, 0.0, []), (3.0, 0.0, ["oscillation"]), (6.0, 0.0, ["oscillation"]),
+     (1.0, 0.5, []), (4.0, 0.5, ["oscillation"]), (1.0, 0.9, []), (4.0, 0.9, ["oscillation"])],
+)  # fmt: skip
+def test_a_real_run_beyond_the_edge(lr: float, momentum: float, expected: list[str]) -> None:
+    """A regression with a bounded slope: beyond 2(1 + beta)/sharpness it neither settles nor diverges."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    y = x @ torch.randn(8) + torch.randn(64).exp()
+    w = torch.zeros(8, requires_grad=True)
+    optimizer, out = torch.optim.SGD([w], lr=lr, momentum=momentum), []
+    for i in range(200):
+        loss = torch.nn.functional.smooth_l1_loss(x @ w, y)
+        (w.grad,) = torch.autograd.grad(loss, w)
+        values = {"loss": float(loss.detach()), "grad_norm": float(w.grad.norm())}
+        if i and momentum:
+            values["cos"] = float(torch.cosine_similarity(w.grad, optimizer.state[w]["momentum_buffer"], dim=0))
+        optimizer.step()
+        out.append(Reading(clock=Clock(step=i), values=values))
+    assert names(diagnose(out)) == expected
 
 
 @pytest.mark.slow

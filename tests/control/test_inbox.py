@@ -126,6 +126,13 @@ def test_foreign_names(inbox: Inbox) -> None:
     assert {"notes.txt", "notes.txt.1"} <= set(os.listdir(inbox.root / "refused"))
 
 
+def test_a_name_that_cannot_be_shown(inbox: Inbox) -> None:
+    (inbox.root / "inbox" / os.fsdecode(b"a\xff\n\x1b[2J")).write_text("x")
+    (refused,) = inbox.drain()
+    assert isinstance(refused, Refused)
+    assert refused.name == "a???[2J"
+
+
 def test_a_file_that_cannot_be_moved_is_said_once(inbox: Inbox) -> None:
     refused = inbox.root / "refused"
     refused.rmdir()

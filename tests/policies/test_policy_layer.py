@@ -164,7 +164,16 @@ def test_gaps_only_make_it_slower() -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "breaks"), [("data", True), ("acted:time", True), ("rollback", True), ("resume", False)]
+    ("event", "breaks"),
+    [
+        ("data", True),
+        ("manual", True),
+        ("rollback", True),
+        ("acted:mine", True),
+        ("acted:time", False),
+        ("acted:layer", False),
+        ("resume", False),
+    ],
 )
 def test_events_break_the_window(event: str, breaks: bool) -> None:
     run, state = Run({"norm": 5e-5}), POLICY.init()

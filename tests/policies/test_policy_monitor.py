@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,6 +153,18 @@ def test_without_the_allowance_for_what_is_estimated_it_would_alarm(monkeypatch:
     monkeypatch.setattr("mupace.policies.monitor._reference", lambda v: (float(np.median(v)), float(np.std(v)), 0.0))
     said, _ = run(MonitorPolicy(), 2 + 0.1 * NOISES["autocorrelated"](np.random.default_rng(3), 10_000))
     assert reasons(said).count("metric_degraded") > 3 * 1e-4 * 10_000
+
+
+@pytest.mark.slow
+def test_the_example_recovers_faster_with_the_monitor() -> None:
+    """A real stream, model, pacer and controller: the rate goes up once, and comes back."""
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "online.py"))
+    plain, nothing = example["run"](1, [])
+    moved, said = example["run"](1, [MonitorPolicy(metric="error", up=4.0, window=32)])
+    assert nothing == []
+    assert ["metric_degraded" in said[0], "metric_recovered" in said[1]] == [True, True]
+    assert len(said) == 2
+    assert example["recovery"](moved) < 0.6 * example["recovery"](plain)
 
 
 def test_the_threshold_solves_its_formula() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -170,6 +171,18 @@ def test_a_process_that_stops_reading_is_left_behind(tmp_path: Path) -> None:
         reader.wait()
         background._thread.join(SOON)
         reader.stdin.close()
+
+
+def test_a_background_that_nobody_closes_ends_by_itself() -> None:
+    sink = Kept()
+    background = Background(sink)
+    background.log({"step": 1})
+    thread = background._thread
+    del background
+    gc.collect()
+    thread.join(SOON)
+    assert not thread.is_alive()
+    assert (sink.rows, sink.closed) == ([{"step": 1}], True)
 
 
 def test_what_a_background_refuses() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from by_hand import ROLES, USED, ByHand, Loop, Tied, batch, optimizer_of
+from by_hand import ROLES, USED, ByHand, Loop, Tied, batch
+from lion_pytorch import Lion
 
 from mupace.params import ParamTable
 from mupace.telemetry import Telemetry, Tiers
@@ -91,9 +94,13 @@ def test_what_is_observed_is_the_norm_of_that_update() -> None:
     assert "grad_norm.ffn" in found
 
 
-def test_an_overflow_is_skipped_and_the_next_update_measured() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_is_skipped_and_the_next_update_measured(fused: bool) -> None:
+    """A fused optimizer runs its step and its hooks even then, and leaves the weights alone."""
     model = Tied()
-    optimizer = optimizer_of("adamw", model)
+    optimizer = torch.optim.AdamW(
+        model.named_parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, fused=fused, foreach=False
+    )
     telemetry = Telemetry(optimizer, roles=ROLES, tiers=Tiers(norms=2, moments=2), budget=None)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     hand = ByHand("adamw")
@@ -320,3 +327,74 @@ def test_half_precision_is_summed_in_single() -> None:
     rough = float(layer.weight.grad.sum()) / g.numel()
     assert found["grad_mean"] == pytest.approx(float(g.mean()), abs=1e-7)
     assert abs(rough - float(g.mean())) > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda p: torch.optim.Muon(p, lr=0.01), "momentum_buffer"),
+        (lambda p: Lion(p, lr=0.01), "exp_avg"),
+        (lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9), "momentum_buffer"),
+        (lambda p: torch.optim.NAdam(p, lr=0.01), "exp_avg"),
+        (lambda p: torch.optim.Adagrad(p, lr=0.01), None),
+    ],
+    ids=["muon", "lion", "rmsprop", "nadam", "adagrad"],
+)
+def test_other_optimizers(make: Callable[[Any], torch.optim.Optimizer], key: str | None) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3, bias=False)
+    optimizer = make(layer.parameters())
+    telemetry = Telemetry(optimizer, tiers=EVERY, budget=None)
+    for step in range(3):
+        layer.weight.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        before = layer.weight.detach().clone()
+        kept = optimizer.state[layer.weight]
+        momentum = kept[key].clone().double() if key in kept else None
+        telemetry.gradients()
+        optimizer.step()
+        telemetry.observe(loss=1.0)
+        found = telemetry.collect().values
+    g = layer.weight.grad.double()
+    assert found["update_ratio"] == pytest.approx(
+        float((layer.weight.detach() - before).norm() / before.norm()), rel=1e-5
+    )
+    if momentum is None:
+        assert "cos" not in found
+    else:
+        assert found["cos"] == pytest.approx(float((g * momentum).sum() / (g.norm() * momentum.norm())), abs=1e-6)
+    assert ("v_mean.group0" in found) == (key == "exp_avg" and isinstance(optimizer, torch.optim.NAdam))
+
+
+def test_state_that_cannot_be_read_is_unknown() -> None:
+    """Quantised or projected moments have a type or a shape of their own."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
+    telemetry = Telemetry(optimizer, tiers=EVERY, budget=None)
+    layer(torch.ones(4)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[layer.weight]
+    readable = dict(state)
+    unreadable = {**state, "exp_avg": torch.ones(2, 2), "exp_avg_sq": torch.nn.Parameter(torch.ones(3, 4))}
+    state.update(unreadable)
+    telemetry.gradients()
+    state.update(readable)
+    optimizer.step()
+    state.update(unreadable)
+    telemetry.observe(loss=1.0)
+    found = telemetry.collect()
+    assert {"grad_norm", "update_ratio"} <= found.values.keys()
+    assert not {"cos", "cos.group0", "v_mean.group0", "rate_p50.group0"} & {*found.values, *found.lost}
+
+
+def test_a_tensor_without_elements_is_no_trouble() -> None:
+    full, empty = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(0))
+    optimizer = torch.optim.AdamW([{"params": [full], "name": "full"}, {"params": [empty], "name": "empty"}], lr=0.1)
+    telemetry = Telemetry(optimizer, tiers=EVERY, budget=None)
+    full.grad, empty.grad = torch.ones(3), torch.ones(0)
+    telemetry.gradients()
+    optimizer.step()
+    telemetry.observe(loss=1.0)
+    found = telemetry.collect()
+    assert found.values["grad_norm"] == pytest.approx(3**0.5)
+    assert not [name for name in (*found.values, *found.lost) if name.endswith(".empty")]

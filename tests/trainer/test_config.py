@@ -68,6 +68,7 @@ SECTIONS = {
     "clip": ("nrm", "norm"),
     "eval": ("evry", "every"),
     "checkpoint": ("kep", "keep"),
+    "control": ("policys", "policies"),
     "run": ("sed", "seed"),
 }
 

@@ -103,7 +103,7 @@ def gradients(c: RunConfig) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Norm, largest element and gradients of the first update, unclipped."""
     parts = prepare(c)
     trainer = Trainer(parts, Path("run"), lambda row: None)
-    trainer._accumulate(next(trainer.sampler))
+    trainer.compute.accumulate(next(trainer.sampler))
     grads = {n: p.grad for n, p in parts.model.named_parameters()}
     flat = torch.cat([g.reshape(-1) for g in grads.values()]).double()
     return float(flat.norm()), float(flat.abs().max()), grads

@@ -27,6 +27,7 @@ COMMANDS = {
     "sweep": "Find the learning rate on a small model, and show whether it serves the large one.",
     "migrate": "Move a trained checkpoint to a larger or edited model: weights, optimizer state, clock, with proof.",
     "control": "Show or override the controller of a running job.",
+    "diagnose": "Name the symptoms that a run's readings show, with evidence and remedies.",
     "explain": "One decision of a controller on one screen.",
     "replay": "Make every decision of a run again from its log, or try other policies on it.",
     "report": "Make one HTML page of a run, with no network use.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -128,10 +129,16 @@ def _check_beforehand(inbox: Inbox, command: Command) -> None:
         status, age = inbox.read_status()
     except StateError:  # not started yet; the controller looks when it comes
         return
-    roles = {group["name"]: (str(group.get("role")),) for group in status.get("groups", [])}
-    command.select(roles, [policy["name"] for policy in status.get("policies", [])])
+    groups = {group["name"]: _roles(group) for group in status.get("groups", [])}
+    command.select(groups, [policy["name"] for policy in status.get("policies", [])])
     if age > STALE:
         print(f"the controller was last heard {_age(age)} ago: does the run still run?", file=sys.stderr)
+
+
+def _roles(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """The roles of a group: there may be one, several or none."""
+    role = group.get("role") or ()
+    return (role,) if isinstance(role, str) else tuple(role)
 
 
 def _answered(inbox: Inbox, command: Command, wait: float, as_json: bool) -> int:
@@ -182,7 +189,7 @@ def _page(status: Mapping[str, Any], age: float) -> Iterator[str]:
 def _group(group: Mapping[str, Any]) -> tuple[str, ...]:
     limits, lock = group.get("limits"), group.get("lock")
     return (
-        str(group["name"]), str(group.get("role") or "-"), _short(group.get("base")), _short(group.get("schedule")),
+        str(group["name"]), _short(_roles(group) or None), _short(group.get("base")), _short(group.get("schedule")),
         _short(group.get("trims") or None), f"{limits[0]:g}..{limits[1]:g}" if limits else "-", _lock(lock),
         _short(group.get("lr")),
     )  # fmt: skip
@@ -196,11 +203,9 @@ def _lock(lock: Mapping[str, Any] | None) -> str:
 
 
 def _rest(status: Mapping[str, Any]) -> Iterator[str]:
-    last = status.get("last")
-    if last:
+    if last := status.get("last"):
         yield ""
-        words = [f"{key}={_short(value)}" for key, value in last.items() if value not in (None, "", [], {})]
-        yield f"last decision: {' '.join(words)}"
+        yield f"last decision: {_decision(last)}"
     for command in status.get("pending") or ():
         at = command.get("at")
         when = "at the next boundary" if at is None else f"at update {at}"
@@ -209,6 +214,13 @@ def _rest(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"pending: {shown} {when}, by {command.get('author')}: {command.get('reason')}"
     for alarm in status.get("alarms") or ():
         yield f"alarm: {_short(alarm)}"
+
+
+def _decision(last: Mapping[str, Any]) -> str:
+    became = Counter(outcome["what"] for outcome in last.get("outcomes") or ())
+    counts = ", ".join(f"{number} {what}" for what, number in became.items())
+    reason = _short(last.get("reason") or None)
+    return f"{last.get('id')}, after update {last.get('step')}: {reason}{f' ({counts})' if counts else ''}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`mupace demo`: the main job from end to end, with a real `kill -9` on the way.
 
-A small model gives the learning rate and trains the first half of the run; grown into a large one, it trains the rest.
+A small model gives the learning rate and trains the first half of the run; grown into a large one, it trains the rest,
+under a controller, to which a person says something on the way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from mupace.cli.settings import GivenPath, load_config
+from mupace.cli.train import ENDINGS
 from mupace.errors import ConfigError
 from mupace.files import write_whole
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 GROW_AT = "50%"  # of the run
 KILL_AFTER = 0.7  # of the run
+ORDER_AFTER = 0.6  # of the run; what a person says then is still so after the kill
+ORDER = ("bounds", "all", "1e-6..1e-1", "--reason", "whatever happens, no rate beyond these", "--wait", "60")
 RATES = "2^-9..2^-5"  # tried on the proxy
 SOURCE = "demo.toml"
 PROXY, GROWN = "proxy", "grown"  # directories, and run files beside them
@@ -43,7 +47,7 @@ RECORD = "record.rank0.jsonl"
 # What a demo leaves in its directory, and what a killed process may leave there half written.
 MADE = re.compile(
     r"demo\.toml|record\.rank\d+\.jsonl|step-\d+|report\.html|tensorboard|sweep|sweep\.png"
-    r"|(proxy|grown)(\.toml)?|\.grown\.\w+\.part|\.(tmp|old)-step-.*|\.(report\.html|(demo|proxy|grown)\.toml)\..*"
+    r"|(proxy|grown)(\.toml)?|control|best|\.grown\.\w+\.part|\.(tmp|old)-step-.*|\.(report\.html|(demo|proxy|grown)\.toml)\..*"
 )
 
 
@@ -101,14 +105,18 @@ def demo(
         return 1
     settings = _continued(settings, out / GROWN)
     write_whole(out / f"{GROWN}.toml", toml(settings.to_dict()), "run file")
-    print(f"\n6. The target, the rest of the run (mupace train {out / GROWN}.toml):\n", flush=True)
+    print(
+        f"\n6. The target, the rest of the run, under its controller (mupace train {out / GROWN}.toml):\n", flush=True
+    )
     if kill and (code := _train_and_kill(out / f"{GROWN}.toml", out, [], curve.horizon)):
         return code
     with shown(quiet=False) as progress:
         result = train(settings, out, progress=progress)
     page = report(out)
     _explain(result, page, config)
-    return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason].value
+    if result.reason in ENDINGS:
+        return ENDINGS[result.reason]
+    return 128 + signal.Signals[result.reason].value
 
 
 def _tuned(settings: RunConfig, config: Path) -> RunConfig:
@@ -229,9 +237,13 @@ def _train_and_kill(config: Path, out: Path, changes: Sequence[str], horizon: Ho
     command = [sys.executable, "-m", "mupace", "train", str(config), "--out", str(out)]
     command += [word for c in changes for word in ("--set", c)]
     process = subprocess.Popen(command)
+    ordered = False
     try:
         while process.poll() is None and _last(out).get(horizon.axis, 0) < horizon.length * KILL_AFTER:
             time.sleep(0.1)
+            if not ordered and _last(out).get(horizon.axis, 0) >= horizon.length * ORDER_AFTER:
+                ordered = True
+                _order(out)
     finally:
         process.kill()
         code = process.wait()
@@ -246,6 +258,13 @@ def _train_and_kill(config: Path, out: Path, changes: Sequence[str], horizon: Ho
     return code if code > 0 else 128 - code
 
 
+def _order(out: Path) -> None:
+    """A person's word to the running job, as `mupace control` gives it."""
+    print(f"\n   mupace control {out} {' '.join(ORDER[:3])}:", flush=True)
+    subprocess.run([sys.executable, "-m", "mupace", "control", str(out), *ORDER], check=False)
+    print(flush=True)
+
+
 def _last(out: Path) -> dict[str, Any]:
     """The last update on record, read as anyone can: it is one JSON object a line."""
     file = out / RECORD
@@ -258,7 +277,9 @@ def _explain(result: Result, page: Path, config: Path) -> None:
     """What the numbers mean, each taken from the record."""
     import numpy as np
 
+    from mupace.control import replay
     from mupace.record import read
+    from mupace.report.decisions import facts
     from mupace.report.plan import traces
 
     run, proxy = read(result.directory), read(result.directory / PROXY)
@@ -283,7 +304,9 @@ def _explain(result: Result, page: Path, config: Path) -> None:
    loss {first:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.
    validation: {bits:.3f} bits per byte on text the model has not seen (8 is a uniform guess; zlib needs about 2).
    learning rate: {taken.max():.4g} at the peak, {taken[:, -1].max():.2g} in the last update. The rates taken differ
-   from the plan by at most {worst:.1g} of the peak{", the kill and the resume included" if at else ""}.
+   from the plan times the feedback by at most {worst:.1g} of the peak{", the kill and the resume included" if at else ""}.
+   controller: {facts(run) or "none"}
+   replay:     {replay(result.directory)}   (mupace replay {result.directory})
 
    report:     {page}
    record:     {result.directory / RECORD}   (one JSON object a line)

@@ -91,8 +91,12 @@ def _one(changes: Mapping[str, Callable[[Pacer], None]], reason: str) -> Callabl
     return next(iter(changes.values()), None)
 
 
+ENDINGS = {"finished": 0, "early_stop": 0, "stopped": 0, "diverged": 1}
+"""Why a run ended, to its exit code."""
+
+
 def finish(result: Result) -> int:
     """Say how a run ended; the exit code of a run that a signal stopped is the shell's."""
     loss = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
     print(f"{result.reason} after {result.steps} updates{loss}: {result.directory}")
-    return 0 if result.reason == "finished" else 128 + signal.Signals[result.reason].value
+    return ENDINGS[result.reason] if result.reason in ENDINGS else 128 + signal.Signals[result.reason].value

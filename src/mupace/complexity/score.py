@@ -173,9 +173,10 @@ def score(
 def default_calibration() -> Calibration:
     """The calibration that comes with the library, from `python -m mupace.complexity.defaults`.
 
-    code: files of Python's standard library; en: its documentation and docstrings, which is technical English in
-    reStructuredText; zh: twenty-four paragraphs written for this library. It makes scores comparable with each other,
-    and says little about how a text stands among those of the web: calibrate on your own.
+    code and en: source files of Python's standard library, and its documentation and docstrings, sorted by `kind_of`,
+    so that en is technical English in reStructuredText; zh: twenty-four paragraphs written for this library. It makes
+    scores comparable with each other, and says little about how a text stands among those of the web: calibrate on your
+    own. No relation of the score to the loss of a model has been found yet (docs/data-policy.md).
     """
     return Calibration.load(Path(__file__).with_name("defaults.json"))
 

@@ -31,8 +31,8 @@ def trims_after(pacer: Pacer, decision: Decision) -> dict[tuple[str, str], Trim]
 def carried(pacer: Pacer) -> dict[str, float]:
     """Readings of what feedback there is.
 
-    `trim.<policy>.<group>`; `paceable`, where the schedule can be walked from here; `walk`, the factor of the main curve
-    over what it would be here if it had not been walked.
+    `trim.<policy>.<group>`; `paceable`, where the schedule can be walked from here; `walk`, the factor of the main
+    curve over what it would be here if it had not been walked.
     """
     found: dict[str, float] = {}
     for (group, field), trim in sorted(pacer.trims.items()):

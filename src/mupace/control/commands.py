@@ -426,7 +426,7 @@ def _check_update(name: str, given: Any, legal: str) -> None:
 
 
 def _near(given: str, names: Iterable[str]) -> str:
-    known = list(dict.fromkeys(names))
+    known = [name for name in dict.fromkeys(names) if name]
     near = difflib.get_close_matches(given, known, n=3, cutoff=0.6)
     if near:
         return f" (did you mean {' or '.join(map(repr, near))}?)"

@@ -5,13 +5,13 @@ what the forecast is wrong by:
 
     x = β + δ_arm + ε,   β ~ N(0, 1),   δ_applied, δ_held ~ N(0, 1),   ε ~ N(0, s²)
 
-    P = [[2, −1], [−1, 2]]/3 + diag(n_a, n_h)/s²,   μ = P⁻¹·(Σx_a, Σx_h)/s²,   s² = (1 + ½·W)/(1 + ½·n)
+    P = [[2, −1], [−1, 2]]/3 + diag(n_a, n_h)/s²,   μ = P⁻¹·(Σx_a, Σx_h)/s²,   s² = (2 + ½·W)/(1 + ½·ν)
 
     confidence = P(δ_applied > δ_held) ≈ Φ((μ_a − μ_h)/√(cᵀ·P⁻¹·c)),   c = (1, −1)
 
 n, Σx, Σx²: sums over the verdicts, halved every `half_life` of the run, so that confidence returns to ½ where nothing
-is learned; W: the squares around each arm's own mean, n: both arms together (the mean of s² under an inverse-gamma prior
-with a = 2, b = 1). Where all effects are alike, applied or not, the confidence stays near ½, however far from 0 they
+is learned; W: the squares around each arm's own mean, ν = Σ max(n − 1, 0) over the arms (s² is a mean under an
+inverse-gamma prior with a = b = 2: one verdict against one decides nothing). Where all effects are alike, applied or not, the confidence stays near ½, however far from 0 they
 are: a forecast that misses is nobody's merit. The priors have no source: this library's choice. The posterior of a
 normal mean: Murphy, Conjugate Bayesian analysis of the Gaussian distribution, 2007.
 """
@@ -57,7 +57,7 @@ def _spread(sums: Mapping[str, list[float]]) -> float:
     """s², from the squares around the mean of each arm."""
     rows = [sums[key] for key in ("applied", "held")]
     within = math.fsum(max(0.0, squares - total * total / n) for n, total, squares in rows if n > 0)
-    return (1.0 + within / 2) / (1.0 + math.fsum(n for n, _, _ in rows) / 2)
+    return (2.0 + within / 2) / (1.0 + math.fsum(max(n - 1.0, 0.0) for n, _, _ in rows) / 2)
 
 
 def learned(sums: Mapping[str, list[float]], verdict: Verdict) -> Sums:

@@ -3,8 +3,8 @@
 The calls have a static schedule: every rank makes the same ones at every tick, whatever was decided, measured or went
 wrong. They use a gloo group of their own on the CPU, so they never wait for a device, and never mix with the model's.
 
-    share:  one broadcast of a fixed header (version, tick, update, length, first 16 bytes of SHA-256 of the payload); a second
-            one of the payload where there is one
+    share:  one broadcast of a fixed header (version, tick, update, length, first 16 bytes of SHA-256 of the payload);
+            a second one of the payload where there is one
     digest: one all-reduce MAX of (d, -d), which is MAX and MIN of d at once; d = the first 64 bits of SHA-256 of step,
             names, rates and locks, as two halves of 32 bits
 """
@@ -62,22 +62,17 @@ class Consensus:
         self.directory = None if directory is None else Path(directory)
         self.tick = 0
         self._own = process_group is None and ranks.together()
-        self._group: Any = process_group
+        self.process_group: Any = process_group  # read by reductions; None in a single process
         if self._own:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-
-    @property
-    def process_group(self) -> Any:
-        """The CPU group, None in a single process."""
-        return self._group
+            self.process_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     @property
     def rank(self) -> int:
-        return dist.get_rank(self._group) if self._group is not None else 0
+        return dist.get_rank(self.process_group) if self.process_group is not None else 0
 
     @property
     def size(self) -> int:
-        return dist.get_world_size(self._group) if self._group is not None else 1
+        return dist.get_world_size(self.process_group) if self.process_group is not None else 1
 
     @property
     def leads(self) -> bool:
@@ -104,7 +99,7 @@ class Consensus:
         self.tick += 1
         if self.size == 1:
             return said
-        with self._heard("share"):
+        with self.heard("share"):
             header = self._from_leader(torch.tensor(_header(self.tick, step, said), dtype=torch.int64))
             length = self._checked(header, step)
             if length == 0:
@@ -117,7 +112,7 @@ class Consensus:
         return heard
 
     def _from_leader(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group)
+        dist.broadcast(tensor, src=dist.get_global_rank(self.process_group, 0), group=self.process_group)
         return tensor
 
     def _checked(self, header: torch.Tensor, step: int) -> int:
@@ -159,8 +154,8 @@ class Consensus:
             return bits
         mine = [bits >> 32, bits & 0xFFFFFFFF]
         both = torch.tensor([*mine, *(-half for half in mine)], dtype=torch.int64)
-        with self._heard("digest"):
-            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._group)
+        with self.heard("digest"):
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.process_group)
         most, least = both[:2], -both[2:]
         if not torch.equal(most, least):
             self._diverged(
@@ -175,8 +170,8 @@ class Consensus:
 
     def _diverged(self, mine: dict[str, Any]) -> None:
         """Every rank comes here at once: all see all numbers, write them down, and raise the same error."""
-        with self._heard("digest"):
-            found = ranks.gathered(mine, self._group)
+        with self.heard("digest"):
+            found = ranks.gathered(mine, self.process_group)
         message = ranks.difference(found)
         if self.directory is not None:
             path = self.directory / f"divergence.rank{self.rank}.json"
@@ -190,8 +185,12 @@ class Consensus:
         raise RankDivergence(message)
 
     @contextmanager
-    def _heard(self, call: str) -> Iterator[None]:
-        """A rank that left or keeps silent as an error that says so."""
+    def heard(self, call: str) -> Iterator[None]:
+        """Any collective call on `process_group`: a rank that left or keeps silent becomes an error that says so.
+
+        Raises:
+            StateError: in place of torch's RuntimeError. The process group is of no use from then on.
+        """
         try:
             yield
         except RuntimeError as error:  # torch's words name the peer's address or the time that passed
@@ -203,9 +202,9 @@ class Consensus:
 
     def close(self) -> None:
         """Give the process group back, if it is our own; may be called twice."""
-        if self._own and self._group is not None and ranks.together():
-            dist.destroy_process_group(self._group)
-        self._own, self._group = False, None
+        if self._own and self.process_group is not None and ranks.together():
+            dist.destroy_process_group(self.process_group)
+        self._own, self.process_group = False, None
 
 
 def _header(tick: int, step: int, payload: bytes) -> list[int]:

@@ -28,7 +28,7 @@ from mupace.control.inbox import Inbox
 from mupace.control.options import Options
 from mupace.control.reductions import agreed, mean_and_largest, means
 from mupace.control.refusals import refuse_own_rates
-from mupace.control.state import Kept, commands_after, difference, merged
+from mupace.control.state import Kept, commands_after, difference, main_of, merged, number
 from mupace.control.status import status_of
 from mupace.errors import ConfigError, StateError
 from mupace.pacer import Pacer
@@ -87,7 +87,8 @@ class Controller:
         self.asks: list[tuple[str, Decision]] = []
         self.decisions: list[Decision] = []
         self.writes: tuple[Write, ...] = ()
-        self.kept = Kept(state=self.engine.init(), seen=pacer.clock.step, planned=pacer.clock.step)
+        step, ranks = pacer.clock.step, self.consensus.size
+        self.kept = Kept(state=self.engine.init(), seen=step, planned=step, ranks=ranks)
         self._commands: list[Command] = []
         self.directory = where
         self._chain: Chain | None = None
@@ -111,7 +112,7 @@ class Controller:
         """
         if self.mode != "act" or not any(hasattr(p, "admit") for p in self.engine.policies):
             return True
-        mean, norm = mean_and_largest(self.consensus, float(loss), float(grad_norm))
+        mean, norm = mean_and_largest(self.consensus, number(loss), number(grad_norm))
         step, good = self.pacer.clock.step, True
         if self.consensus.leads:
             good, reason, self.kept.state = self.engine.admit(self.kept.state, step, mean, norm)
@@ -153,7 +154,7 @@ class Controller:
         """
         if self.mode == "off":
             return None
-        for name, value in zip(metrics, means(self.consensus, [float(v) for v in metrics.values()]), strict=True):
+        for name, value in zip(metrics, means(self.consensus, [number(v) for v in metrics.values()]), strict=True):
             self.kept.measure(f"eval.{name}", value)
         return self._tick(on)
 
@@ -162,9 +163,16 @@ class Controller:
         self.kept.events += list(events)
 
     def command(self, command: Command) -> str:
-        """Give a command from Python; it is carried out at the next reading. Returns its id."""
+        """Give a command from Python, on the first rank; it is carried out at the next reading. Returns its id.
+
+        Raises:
+            ConfigError: a target that this run does not have, a value that it cannot take, or mode `off`.
+        """
+        if self.mode == "off":
+            raise ConfigError("mode='off': nothing is carried out; legal are 'observe', 'advise' and 'act'")
         command.check(self.engine.groups, tuple(p.name for p in self.engine.policies), self._rates(), {})
-        self._commands.append(command)
+        if self.consensus.leads:
+            self._commands.append(command)
         return command.id
 
     def snapshotted(self) -> None:
@@ -262,12 +270,19 @@ class Controller:
                     found.append(item)
                 else:
                     self._say(f"refused {item.name}: {item.why}")
-        if self.directory is not None and (self.directory / OFF).exists() and not self._switched_off:
-            self._switched_off = True
-            why = f"there is a file {OFF} in the control directory"
-            found.append(Command(op="pause", author=OFF, reason=why))
-            found.append(Command(op="reset", ramp=RETURN, author=OFF, reason=why))
+        there = self.directory is not None and (self.directory / OFF).exists()
+        if there and not self._switched_off:
+            found += self._switch_off()
+        self._switched_off = there
         return found
+
+    def _switch_off(self) -> list[Command]:
+        """No more feedback, and what there is goes; a group that a person has locked for all stays as it is."""
+        who: dict[str, Any] = {"author": OFF, "reason": f"there is a file {OFF} in the control directory"}
+        locks = self.kept.state["locks"]
+        free = [g for g in self.engine.groups if locks.get(g, {}).get("level") != "all"]
+        targets = ["all"] if len(free) == len(self.engine.groups) else free
+        return [Command(op="pause", **who), *(Command(op="reset", target=g, ramp=RETURN, **who) for g in targets)]
 
     def open(self) -> None:
         """Begin the log and make the inbox now, so that commands can be given before the first reading."""
@@ -278,12 +293,13 @@ class Controller:
         """Count from where the pacer stands: a run that had no controller until now."""
         self.kept.seen = self.kept.planned = self.pacer.clock.step
 
-    def _opened(self) -> Chain | None:
-        """The log, begun when there is something to write."""
+    def _opened(self, *, resuming: bool = False) -> Chain | None:
+        """The log, begun when there is something to write; a run that starts again begins again in it."""
         if self._chain is None and self.directory is not None:
             self._inbox = Inbox(self.directory.parent).prepare()
             self._chain = Chain(self.directory / LOG)
-            if self._chain.empty:
+            if self._chain.empty or not resuming:
+                self._commands += [] if self._chain.empty else commands_after(self._chain.path, 0)
                 self._chain.append("open", **self.describe(), curve=self.pacer.curve.unwalked().to_dict())
         return self._chain
 
@@ -294,6 +310,7 @@ class Controller:
             "options": self.options.to_dict(),
             "policies": [policy_to_dict(p) for p in self.engine.policies],
             "groups": dict(self.engine.groups),
+            "main": self.pacer.names[main_of(self.pacer)],
             "steps": self.pacer.curve.horizon.steps,
         }
 
@@ -328,13 +345,16 @@ class Controller:
         dropped, self.kept = self.kept.admits, saved
         self.telemetry.load_state_dict(state["telemetry"])
         self.asks = []
+        elsewhere = saved.ranks != self.consensus.size
+        self.kept.ranks = self.consensus.size
         if self.consensus.leads:
             self._take_up(inner, "rollback" if rollback else "resume", dropped if rollback else [])
-        self.kept.events.append("rollback" if rollback else "resume")
+        if rollback or other or elsewhere:  # going on as if nothing had happened is nothing to tell a policy
+            self.kept.events.append("rollback" if rollback else "resume")
 
     def _take_up(self, saved: Mapping[str, Any], kind: str, dropped: list[list[Any]]) -> None:
         """Go on in the log; what a person ordered after the checkpoint is ordered again."""
-        chain = self._opened()
+        chain = self._opened(resuming=True)
         if chain is None:
             return
         if saved["inbox"] is not None and self._inbox is not None:

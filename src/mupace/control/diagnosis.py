@@ -180,7 +180,9 @@ def _loss_scale_collapse(t: Trace) -> Seen:
 
 def _local_outlier(t: Trace) -> Seen:
     series = {role: t.of(f"grad_norm.{role}") for role in t.roles("grad_norm")}
-    rows = {r: dict(zip(s, scores(v, t.at, log=True), strict=True)) for r, (s, v) in series.items() if len(v) >= t.at.fewest}
+    rows = {
+        r: dict(zip(s, scores(v, t.at, log=True), strict=True)) for r, (s, v) in series.items() if len(v) >= t.at.fewest
+    }
     best: tuple[float, str, float] | None = None
     for role, row in rows.items():
         for step, z in row.items():
@@ -255,6 +257,8 @@ def _noise_dominated(t: Trace) -> Seen:
         return None
     trend, cosine = slope(losses)[1], float(np.median(cosines))
     if abs(trend) > t.at.flat or abs(cosine) > t.at.unrelated or alternation(losses) < t.at.alternating:
+        return None
+    if losses.std() < t.at.noisy * abs(losses.mean()):  # converged, without any noise
         return None
     evidence = {"slope_t": trend, "cos": cosine}
     scale, batch = t.median("noise_scale"), _batch(t)

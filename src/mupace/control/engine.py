@@ -35,12 +35,15 @@ class Engine:
 
     Attributes:
         policies: in the order in which they are asked; a guard comes first whatever its place.
-        groups: group name to its role, empty where it holds several.
+        groups: group name to its role, empty where it holds several; kept in the order of the names, as a log has them.
     """
 
     options: Options
     policies: tuple[Policy, ...]
     groups: Groups
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", dict(sorted(self.groups.items())))
 
     def init(self) -> State:
         """The state before the first reading."""

@@ -39,7 +39,7 @@ class Refused:
 
     Attributes:
         id: of the command; "" where the file's name is not one.
-        name: of the file.
+        name: of the file, as it can be shown.
         why: one line.
     """
 
@@ -111,7 +111,7 @@ class Inbox:
             except (OSError, StateError) as error:  # such as a full disk; it is tried again
                 if name not in self._stuck:
                     self._stuck.add(name)
-                    out.append(Refused(id="", name=name, why=f"it cannot be handled: {error}"))
+                    out.append(Refused(id="", name=_shown(name), why=f"it cannot be handled: {error}"))
         return out
 
     def _names(self) -> list[str]:
@@ -148,7 +148,7 @@ class Inbox:
     def _refuse(self, name: str, id: str, why: str, out: list[Command | Refused]) -> None:
         """Move it aside and say why, to whoever waits for it too."""
         os.rename(self._inbox / name, self._free_place(name))
-        out.append(Refused(id=id, name=name, why=why))
+        out.append(Refused(id=id, name=_shown(name), why=why))
         with contextlib.suppress(StateError, OSError):  # the caller is told in any case
             write_whole(self._refused / f"{name[:200]}.why", why + "\n", "reason")
             if id:
@@ -266,6 +266,11 @@ def _content(path: Path) -> bytes:
     if len(content) > LARGEST:
         raise ConfigError(f"it has {about.st_size} bytes: legal are at most {LARGEST}")
     return content
+
+
+def _shown(name: str) -> str:
+    """A file's name without what a terminal or an encoder stumbles over."""
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _object(path: Path) -> dict[str, Any] | None:

@@ -53,7 +53,8 @@ class _Override:
         self.rates = {name: reading.values[f"lr.{name}"] for name in engine.groups}
         self.aims = self._aims(engine)
         now = self.aims if command.op in ("set", "scale") else self.rates
-        self.groups = command.check(engine.groups, tuple(state["policies"]), now, self._hard(engine))
+        hard = {} if command.op == "bounds" else self._hard(engine)  # a wider range than the hard one does no harm
+        self.groups = command.check(engine.groups, tuple(state["policies"]), now, hard)
 
     def _aims(self, engine: Engine) -> dict[str, float]:
         """The rates that are on their way: when ramps have ended, and after the commands before this one."""
@@ -61,8 +62,8 @@ class _Override:
         return {g: held.get(g, self.reading.values[f"planned.{g}"] * total(self.state, g)) for g in engine.groups}
 
     def _hard(self, engine: Engine) -> dict[str, tuple[float, float]]:
-        """The hard limits of every rate: factors of what is planned here."""
-        if self.bounds is None:
+        """The hard limits of every rate: factors of what is planned here; both they and a person's bounds hold."""
+        if self.bounds is None or self.command.op == "bounds":
             return {}
         low, high = self.bounds
         planned = {name: self.reading.values[f"planned.{name}"] for name in engine.groups}

@@ -107,6 +107,26 @@ def log_of(path: str | Path) -> Path:
     return found
 
 
+def readings_of(path: str | Path) -> tuple[list[Reading], list[dict[str, Any]]]:
+    """The readings on record and the decisions, those that a resume or rollback went back before left out.
+
+    Raises:
+        StateError: the log was altered.
+    """
+    readings: list[Reading] = []
+    decisions: list[dict[str, Any]] = []
+    for row in read(log_of(path)):
+        if row["type"] in ("open", "resume", "rollback"):
+            step = row.get("step", 0)
+            readings = [r for r in readings if r.step <= step]
+            decisions = [d for d in decisions if d["step"] <= step]
+        elif row["type"] == "reading":
+            readings.append(Reading.from_dict(row["reading"]))
+        elif row["type"] == "decision":
+            decisions.append(row["decision"])
+    return readings, decisions
+
+
 def replay(path: str | Path) -> Replayed:
     """Make every decision of a run again.
 
@@ -166,9 +186,13 @@ class _Walk:
         self.needed = {max((s for s in seqs if s <= at), default=0) for at in taken_up}
         if not self.rows or self.rows[0]["type"] != "open":
             raise StateError("the log does not begin with what a controller is; legal is the log of a run")
-        self.engine = self._engine(self.rows[0])
+        self._begin(self.rows[0])
+
+    def _begin(self, row: Mapping[str, Any]) -> None:
+        """A run from its start; once more where it was started again without a checkpoint."""
+        self.engine = self._engine(row)
         self.state: State = self.engine.init()
-        self.curve = Curve.from_dict(self.rows[0]["curve"])
+        self.curve = Curve.from_dict(row["curve"])
         self.sum, self.seen = 0.0, 0
         self.known: list[tuple[int, State]] = [(0, self.state)]
 
@@ -190,6 +214,8 @@ class _Walk:
                     self.known.append((row["seq"], self.state))
             elif row["type"] in ("resume", "rollback"):
                 self._taken_up(row)
+            elif row["type"] == "open":
+                self._begin(row)
 
     def _read(self, row: Mapping[str, Any]) -> Decision | None:
         self.readings += 1
@@ -208,7 +234,7 @@ class _Walk:
     def _count(self, reading: Reading) -> None:
         """Σ of rates until here, by the decisions made here."""
         if self.curve.horizon.steps is not None and reading.step > self.seen:
-            gain = total(self.state, next(iter(self.engine.groups)))
+            gain = total(self.state, self.rows[0].get("main") or next(iter(self.engine.groups)))
             self.sum += float(self.curve.updates(self.seen, reading.step).sum()) * gain
             self.seen = reading.step
         self.points.append((reading, self.sum))

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mupace.control.decisions import Decision, Outcome, Write
 from mupace.policies import Reading
 
-WIDE = 110
+WIDE, TALL = 110, 45
+SHARE = {"outcomes": 16, "commands": 6, "written": 10}  # lines of a part, so that all of them are seen
 
 
 def screen(decision: Decision, reading: Reading, applied: Mapping[str, Any] | None) -> str:
-    """What was read, proposed, decided and written."""
-    lines = [
-        f"decision {decision.id}, after update {decision.step} ({100 * reading.progress:.0f} % of the run)",
-        f"  {decision.reason}",
-        "",
-        "read",
-        *_read(reading),
-    ]
-    for outcome in decision.outcomes:
-        lines += ["", *_outcome(outcome)]
-    for told in decision.commands:
-        who = f"{told['op']} {told['target']} by {told.get('by', '?')}"
-        lines += ["", f"command {who}: {told['status']} {told.get('why') or told.get('reason', '')}".rstrip()]
+    """What was read, proposed, decided and written; of long lists the first, and how many more there are."""
+    head = f"decision {decision.id}, after update {decision.step} ({100 * reading.progress:.0f} % of the run)"
+    lines = [head, *_folded(f"  {decision.reason}", 3), "read", *_read(reading)]
+    outcomes = sorted(decision.outcomes, key=lambda o: o.what == "refused")  # what was done first
+    lines += _first("outcomes", [line for o in outcomes for line in _outcome(o)], "proposals")
+    lines += _first("commands", [line for told in decision.commands for line in _command(told)], "commands")
     if decision.pace is not None:
-        lines += [
-            "",
-            f"schedule: walked at {decision.pace[0]:.4g} times the landing pace for {decision.pace[1]} updates",
-        ]
+        factor, updates = decision.pace
+        lines.append(f"schedule: walked at {factor:.4g} times the landing pace for {updates} updates")
     if applied is not None:
-        lines += ["", "written (base x schedule x feedback = rate of the next update)", *_written(applied)]
-    return "\n".join(lines)
+        lines.append("written (base x schedule x feedback = rate of the next update)")
+        lines += _first("written", [line for row in _written(applied) for line in _folded(row, 2)], "groups")
+    return "\n".join(lines[:TALL])
+
+
+def _first(part: str, lines: list[str], what: str) -> list[str]:
+    most = SHARE[part]
+    left = len(lines) - most + 1
+    return lines if left < 2 else [*lines[: most - 1], f"  and {left} more lines of {what}, in the log"]
+
+
+def _folded(line: str, most: int) -> list[str]:
+    """A line in pieces that fit, the last one cut where there are more."""
+    pieces = textwrap.wrap(line, WIDE, subsequent_indent="    ", drop_whitespace=True) or [""]
+    pieces[0] = line[: len(line) - len(line.lstrip())] + pieces[0].lstrip()
+    if len(pieces) > most:
+        pieces = [*pieces[: most - 1], pieces[most - 1][: WIDE - 2] + " …"]
+    return [piece[:WIDE] for piece in pieces]
+
+
+def _command(told: Mapping[str, Any]) -> list[str]:
+    who = f"{told['op']} {told['target']} by {told.get('by', '?')}"
+    return _folded(f"command {who}: {told['status']} {told.get('why') or told.get('reason', '')}".rstrip(), 2)
 
 
 def _read(reading: Reading) -> Iterator[str]:
@@ -40,16 +54,15 @@ def _read(reading: Reading) -> Iterator[str]:
     values = {k: v for k, v in reading.values.items() if not k.startswith(("lr.", "planned.", "trim."))}
     cells = [f"{name} {value:.5g}" for name, value in sorted(values.items())]
     cells += [f"{name} lost" for name in reading.lost]
-    line = " "
-    for cell in cells[:48]:
-        if len(line) + len(cell) + 2 > WIDE:
-            yield line
-            line = " "
-        line += f" {cell},"
-    yield line.rstrip(",")
+    yield from _folded("  " + (", ".join(cells) or "nothing"), 6)
 
 
 def _outcome(o: Outcome) -> Iterator[str]:
+    for line in _told(o):
+        yield from _folded(line, 2)
+
+
+def _told(o: Outcome) -> Iterator[str]:
     p = o.proposal
     what = f"{p.get('kind', 'scale')} {p.get('target', 'all')} x{p.get('factor', 1.0):.4g}"
     yield f"{p['policy']} proposed {what}, because {p['reason']}{': ' + p['text'] if p.get('text') else ''}"

@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mupace.control.chain import read
 from mupace.control.commands import Command
 from mupace.pacer import Pacer
 from mupace.policies import State
+
+
+def number(value: Any) -> float:
+    """A number, or a tensor of one, whatever graph it is in."""
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +32,7 @@ class Kept:
         seen: updates that were counted; planned: those that are in `plan_sum`.
         lr_sum: Σ over updates of the main group's rate over its peak; plan_sum: the same without feedback.
         snapshot: update of the last snapshot; -1: none yet.
+        ranks: how many processes there were.
         waiting: readings for the next tick; lost: names among them that were NaN.
         events: for the next reading.
         admits: [update, loss, gradient norm, admitted] since the last reading.
@@ -37,6 +44,7 @@ class Kept:
     lr_sum: float = 0.0
     plan_sum: float = 0.0
     snapshot: int = -1
+    ranks: int = 1
     waiting: dict[str, float] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
@@ -44,9 +52,9 @@ class Kept:
 
     def measure(self, name: str, value: Any) -> None:
         """Keep a number for the next reading; what is not finite is lost."""
-        number = float(value)
-        if math.isfinite(number):
-            self.waiting[name] = number
+        given = number(value)
+        if math.isfinite(given):
+            self.waiting[name] = given
         elif name not in self.lost:
             self.lost.append(name)
 
@@ -59,7 +67,7 @@ class Kept:
     def count(self, pacer: Pacer) -> None:
         """One more update at the rate that it used."""
         self.seen = pacer.clock.step
-        main = _main(pacer)
+        main = main_of(pacer)
         base = pacer.base_lrs[main]
         self.lr_sum += pacer.used_lr()[main] / base if base else 0.0
 
@@ -87,12 +95,13 @@ def commands_after(path: Path, seq: int) -> list[Command]:
     answered: dict[str, str] = {}
     for row in read(path):
         if row["seq"] > seq:
+            decided = row["decision"] if row["type"] == "decision" else {}
             given |= {c["id"]: Command.from_dict(c) for c in row.get("commands", ())}
-            answered |= {c["id"]: c["status"] for c in row.get("decision", {}).get("commands", ())}
+            answered |= {c["id"]: c["status"] for c in decided.get("commands", ())}
     return [command for id_, command in sorted(given.items()) if answered.get(id_) in ("applied", "pending")]
 
 
-def _main(pacer: Pacer) -> int:
+def main_of(pacer: Pacer) -> int:
     """The group that stands for the run: the first of those with the largest peak."""
     bases = pacer.base_lrs
     return bases.index(max(bases))

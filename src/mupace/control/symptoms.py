@@ -32,6 +32,7 @@ class Thresholds:
         behind: the embedding's update ratio per that of the other matrices, below which it is under-trained.
         noise_ratio: gradient noise scale per batch, at least, of a noise-dominated run (McCandlish et al., "An
             Empirical Model of Large-Batch Training", arXiv 1812.06162: at 1 half of the update is noise).
+        noisy: standard deviation of the loss per mean, at least, of noise.
         gap: nats by which averaged weights must be better.
         worse: share by which validation must be above its best.
         clipped: share of updates that are clipped, sustained.
@@ -57,6 +58,7 @@ class Thresholds:
     warm_ratio: float = 3e-3
     behind: float = 0.1
     noise_ratio: float = 2.0
+    noisy: float = 1e-3
     gap: float = 0.005
     worse: float = 0.005
     clipped: float = 0.3

@@ -1,11 +1,11 @@
 """Verdicts: was it good, what was done? Judged late, on averaged weights, against what was to be expected without it.
 
-    effect = mean over the later half of the horizon of (L̂(S′) − L)/se, a t with n − 3 degrees of freedom as a normal one
+    effect = mean over the later half of the horizon of (L̂(S′) − L)/se, as a normal deviate of a t with n − 3 degrees
 
 L: the evaluation loss, of averaged weights where it is known; L̂: the curve L₀ + A·S^−α fitted to the evaluations
 before the decision (`mupace.policies.fits`); S′: the sum of rates as it would have gone on without the action, S at the
 decision plus the planned sum since then times the feedback (trims and pace) of the updates just before it; se: standard
-error of one measurement around its forecast; n: evaluations of the fit, fewer where they are correlated. S is that of the
+error of one measurement around its forecast; n: evaluations of the fit, fewer where they are correlated. S is of the
 group with the largest peak: an action on others leaves it alone, and is judged by what the loss does at the same S.
 
 The law knows how much rate was spent, not what a decay gains, and other actions may fall into the horizon. Both are the
@@ -25,7 +25,7 @@ from mupace.control.options import Options
 from mupace.policies import Reading, State, Verdict
 from mupace.policies.fits import expected_curve, inflation, normal_score
 
-KEPT = 256  # evaluations
+KEPT = 256  # evaluations, and decisions that wait for their verdict
 FEWEST = 6  # evaluations before a decision that a forecast of three parameters rests on; no source: our choice
 _STEP, _SUM, _PLAN, _RAW, _AVERAGED = range(5)
 
@@ -57,7 +57,7 @@ def note_sums(state: State, reading: Reading) -> None:
 def to_judge(state: State, reading: Reading, options: Options, **what: Any) -> None:
     """Note a decision whose effect will be judged."""
     due = max(options.horizon_steps, math.ceil(options.horizon * reading.steps))
-    state["due"] = [*state["due"], {"step": reading.step, "due": reading.step + due, **state["sums"], **what}]
+    state["due"] = [*state["due"], {"step": reading.step, "due": reading.step + due, **state["sums"], **what}][-KEPT:]
 
 
 def fallen_due(state: State, reading: Reading, options: Options) -> list[Verdict]:
@@ -84,7 +84,7 @@ def effect_of(evals: Sequence[Sequence[Any]], row: Mapping[str, Any]) -> float |
         evals: [update, sum of rates, planned sum, loss, loss of averaged weights or None].
         row: `step` of the decision; `spent`, `planned`: the sums there; `gain`: the feedback before it.
     """
-    before = [e for e in evals if e[_STEP] <= row["step"]]
+    before = _recent([e for e in evals if e[_STEP] <= row["step"]])
     after = [e for e in evals if e[_STEP] > row["step"]]
     after = after[len(after) // 2 :]
     if len(before) < FEWEST or not after:
@@ -101,6 +101,15 @@ def effect_of(evals: Sequence[Sequence[Any]], row: Mapping[str, Any]) -> float |
     if not scores:
         return None
     return normal_score(math.fsum(scores) / len(scores), max(1.0, (curve.points - 3) / inflation(curve.rho)))
+
+
+def _recent(before: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+    """The evaluations of the last three quarters of the rate that was spent, where there are enough of them.
+
+    One power law does not fit a beginning too, and its misfit there would hide the effects here.
+    """
+    late = [e for e in before if e[_SUM] >= before[-1][_SUM] / 4]
+    return late if len(late) >= FEWEST else before[-FEWEST:]
 
 
 def _of_controls(state: State, policy: str) -> float:

@@ -148,7 +148,7 @@ def expected_curve(sums: Sequence[float], losses: Sequence[float]) -> ExpectedCu
         weights = _huber(residuals)
     dof = max(1.0, float(np.sum(weights)) - 3)
     sd = math.sqrt(float(np.sum(weights * residuals**2)) / dof)
-    rho = lag1(residuals, 3)
+    rho = lag1(residuals * weights, 3)  # weighted: a clump of outliers is not a correlation
     jacobian = _jacobian(s, unit, alpha, gain)
     spread = sd**2 * inflation(rho) * _inverse((jacobian.T * weights) @ jacobian)
     return ExpectedCurve(

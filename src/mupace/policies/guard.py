@@ -173,7 +173,7 @@ class GuardPolicy:
         recent = [s for s in budget["skips"] if budget["tried"] - s[0] < self.window]
         if not recent:
             state = {**state, "level": list(level_of(state["losses"], relative=True)) if ready else None}
-        strays = budget["strays"] + len(budget["skips"]) - len(recent)
+        strays = budget["strays"] + self._single(budget, len(budget["skips"]) - len(recent))
         counted = [*recent, [budget["tried"], step]] if ready or not lost else recent
         first = step if budget["first"] is None else budget["first"]
         later = {"skips": counted, "strays": strays, "first": first}
@@ -207,7 +207,7 @@ class GuardPolicy:
         quiet = not any(budget["tried"] - s[0] < self.window for s in budget["skips"])
         past = budget["last"] is None or reading.step - budget["last"] >= self.calm
         if quiet and past and backoff is None and budget["lost"] == 0:
-            budget["strays"] += len(budget["skips"])
+            budget["strays"] += self._single(budget, len(budget["skips"]))
             budget |= {"skips": [], "rollbacks": 0, "owed": False, "stopped": False, "first": None, "last": None}
 
     def _after_rollback(self, reading: Reading, state: State) -> tuple[Proposal, ...]:
@@ -233,6 +233,10 @@ class GuardPolicy:
         if recent >= self.skips and self._unusual(recent, budget):
             return "spikes"
         return "persistent" if backoff is not None and self._stays_above(state) else ""
+
+    def _single(self, budget: Mapping[str, Any], past: int) -> int:
+        """How many of the skips that are past were single ones: a burst says nothing about the usual noise."""
+        return past if len(budget["skips"]) < self.patience else 0
 
     def _unusual(self, recent: int, budget: Mapping[str, Any]) -> bool:
         """Whether so many skips in a window are rare for this run, whose single skips are Poisson at their own rate."""

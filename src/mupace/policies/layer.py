@@ -26,8 +26,10 @@ from mupace.units import is_number
 
 RATIO = "update_ratio."
 TRIM = "trim.layer."
-BREAKS = frozenset(("rollback", "data", "batch", "manual", "acted"))
+BREAKS = ("rollback", "data", "batch", "manual")
 """Events after which readings are not comparable with those before."""
+OF_ALL = ("acted:rate", "acted:time")
+"""Actions on the rate of all, which the schedule's factor contains; any other policy's empties the window."""
 LEAST_FACTOR = 0.1
 """Below this factor of the schedule a ratio says little about its peak (a warmup's start, the end of a decay)."""
 LEAST_MOVE = 0.005
@@ -112,7 +114,7 @@ class LayerPolicy:
 
     def step(self, reading: Reading, state: State) -> tuple[tuple[Proposal, ...], State]:
         factor, at = _schedule(reading, state["at"]) if self.relative else (1.0, None)
-        broken = any(event.partition(":")[0] in BREAKS for event in reading.events)
+        broken = any(self._breaks(event) for event in reading.events)
         seen: dict[str, list[float]] = {}
         wait: dict[str, int] = {}
         proposals = []
@@ -133,6 +135,11 @@ class LayerPolicy:
             "at": at,
         }
         return tuple(proposals), after
+
+    def _breaks(self, event: str) -> bool:
+        """Whether an event makes earlier readings another thing. Its own actions wait for the role that they moved."""
+        acted = event.startswith("acted:") and event != f"acted:{self.name}"
+        return event in BREAKS or (acted and not (self.relative and event in OF_ALL))
 
     def _proposed(
         self, role: str, limits: tuple[float, float], logs: Sequence[float], reading: Reading

@@ -197,6 +197,8 @@ class RatePolicy:
         inside = reading.progress <= self.until and state["rest"] == 0 and len(state["points"]) >= self.base
         if not inside or state["factor"] * self.up > self.range[1] * (1 + 1e-9):
             return None
+        if not self._time_left(reading, state):
+            return None
         rooms = state["headroom"]
         if state["roomy"] and not (self._often(rooms, lambda room: room >= self.high) and _unhurried(state)):
             return None
@@ -210,6 +212,12 @@ class RatePolicy:
             evidence["headroom"] = _median(rooms)
         text = f"the loss falls steadily: try {self.up:g} times the rate"
         return self._scaled(self.up, "try_higher", text, evidence, judged=False)
+
+    def _time_left(self, reading: Reading, state: State) -> bool:
+        """Whether a trial begun now is judged before the run ends."""
+        first, last = state["points"][-self.base][0], state["points"][-1][0]
+        needed = (self.settle + 2 * self.trial + 1) * (last - first) / (self.base - 1)
+        return not reading.steps or reading.step + needed <= reading.steps
 
     def _falling(self, state: State) -> Trend | None:
         """The slope of the loss where it is significantly below 0, by the noise of the window and of all points."""

@@ -22,7 +22,7 @@ from mupace.policies.fits import ExpectedCurve, Trend, expected_curve, mean_scor
 DETECTORS = ("residual", "raw")
 BREAKS = ("data", "batch", "manual", "rollback")  # after these the loss is another one
 MOVES = ("acted:time", "acted:rate", "acted:bias")  # after these the same one, bent by a rate that moved everywhere
-HISTORY = 96  # points behind the window; beyond it every second of the older half is dropped
+HISTORY = 3  # windows behind the present one that the curve is fitted to; no source: this library's choice
 DIGITS = 6  # of evidence: the last bits of a fit differ between processors, and a log is compared byte for byte
 
 Point = list[float]  # [step, S, raw, averaged - raw or nan-free absence as a shorter list]
@@ -62,7 +62,7 @@ class TimePolicy:
     Args:
         metric: value it judges by; `eval.averaged` gives up the flat-loss rules, which need raw beside averaged.
         detector: `residual`, or `raw`, the sign of the second difference of three evaluations. `raw` is there to be
-            measured against, and nothing holds it back: it acts on four of ten evaluations of noise.
+            measured against, and nothing holds it back: it acts on more than half of the evaluations of noise.
         slow, fast: paces, slow < 1 < fast.
         jump: largest factor of a rate jump.
         window: W, evaluations.
@@ -162,7 +162,7 @@ class TimePolicy:
         window, history = [*state["window"], point], state["history"]
         if len(window) > self.window:
             if state["sign"] == 0 and not state["concave"]:  # else the curve would learn what it is to expose
-                history = _thinned([*history, window[0][:3]])
+                history = [*history, window[0][:3]][-HISTORY * self.window :]
             window = window[1:]
         return {**state, "window": window, "history": history}
 
@@ -300,13 +300,6 @@ def _anew() -> State:
         "flat": 0,
         "quiet": 0,
     }
-
-
-def _thinned(points: list[Point]) -> list[Point]:
-    if len(points) <= HISTORY:
-        return points
-    half = len(points) // 2
-    return points[:half:2] + points[half:]
 
 
 def _rounded(evidence: Mapping[str, float]) -> dict[str, float]:

@@ -175,7 +175,7 @@ def _norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(_wide(a), _wide(b))
-    product: torch.Tensor = torch.dot(a.reshape(-1).to(dtype), b.detach().reshape(-1).to(dtype))
+    product: torch.Tensor = torch.dot(a.reshape(-1).to(dtype), b.detach().to(a.device, dtype).reshape(-1))
     return product
 
 

@@ -62,7 +62,7 @@ class Members:
         """
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                if tensor.grad is not None:
+                if tensor.grad is not None and tensor.numel():
                     yield Live(self.numbers[id(tensor)], tensor, group, optimizer.state.get(tensor, {}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +43,7 @@ class Background:
         self._said = False
         self._thread = threading.Thread(target=self._queue.run, name=f"mupace {type(sink).__name__}", daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._queue.stop)
 
     @property
     def dropped(self) -> int:
@@ -121,12 +123,16 @@ class _Queue:
             self.busy = False
             self.rows.clear()
 
-    def finish(self, thread: threading.Thread, timeout: float) -> int | None:
-        """Wait for the thread; how many rows were given up, None when it has ended."""
-        until = time.monotonic() + timeout
+    def stop(self) -> None:
+        """Take no more rows; the thread ends after those it has."""
         with self.changed:
             self.closing = True
             self.changed.notify()
+
+    def finish(self, thread: threading.Thread, timeout: float) -> int | None:
+        """Wait for the thread; how many rows were given up, None when it has ended."""
+        until = time.monotonic() + timeout
+        self.stop()
         thread.join(max(0.0, until - time.monotonic()))
         if not thread.is_alive():
             return None

@@ -14,33 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mupace.errors import ConfigError, one_of
 from mupace.schedules import Curve, Schedule, batch_scaled, preset, schedule
-from mupace.units import Span, batch_tokens
-
-OFF = "off"
-
-
-def _length(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"span={value!r} has no unit: write a length as text, such as '500 steps' or '2%'")
-    return str(Span.parse(value))
-
-
-def _switched(value: Any) -> Any:
-    return None if value == OFF else value
-
-
-Length = Annotated[str, BeforeValidator(_length)]
-Switch = BeforeValidator(_switched)  # the word "off" is None
-Stage = Literal["pretrain", "continue", "sft", "lora", "preference", "rl"]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from mupace.trainer.section import OFF, ControlSection, Length, Positive, Section, Stage, Switch
+from mupace.units import batch_tokens
 
 
 class ModelSection(Section):
@@ -203,10 +182,17 @@ class GroupsSection(Section):
 
 
 class ClipSection(Section):
-    """Gradient clipping: element by element, then by global norm; "off" leaves the latter out."""
+    """Gradient clipping: element by element, then by global norm; "off" leaves the latter out.
+
+    With `adaptive`, every role (or tensor, or the whole) is clipped at a quantile of its own past norms before.
+    `centralise` subtracts, before all that, the mean over inputs from the gradients of the tensors it selects.
+    """
 
     norm: Annotated[Annotated[float, Field(gt=0)] | None, Switch] = 1.0
     value: float | None = Field(default=None, gt=0)
+    adaptive: Literal["role", "tensor", "global"] | None = None
+    quantile: float = Field(default=0.98, gt=0, lt=1)
+    centralise: str | None = None
 
 
 class EvalSection(Section):
@@ -223,56 +209,6 @@ class CheckpointSection(Section):
 
     every: Annotated[Length | None, Switch] = "100 steps"
     keep: Positive = 2
-
-
-class ControlSection(Section):
-    """The closed loop: policies that read the run's own measurements, and how far they may go.
-
-    `bounds` are factors of the plan; `policy.<name>` has the options of a policy, `options` those of the arbiter.
-    """
-
-    mode: Literal["off", "observe", "advise", "act"] = "advise"
-    policies: list[str] = Field(default_factory=lambda: ["guard", "time", "rate"])
-    bounds: list[float] | None = None
-    every: Length = "10 steps"
-    probe: Annotated[Length | None, Switch] = None
-    average: bool = True
-    overhead: float | None = Field(default=None, gt=0, lt=1)
-    options: dict[str, Any] = Field(default_factory=dict)
-    policy: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _known(self) -> ControlSection:
-        self.made()
-        self.arbiter(every=1, seed=0)
-        return self
-
-    def made(self) -> tuple[Any, ...]:
-        """The policies."""
-        from mupace.policies import policy_of
-
-        for name in self.policy:
-            if name not in self.policies:
-                raise ConfigError(
-                    f"policy.{name} has options, but policies={self.policies}: legal is a policy that runs"
-                )
-        if len(set(self.policies)) < len(self.policies):
-            raise ConfigError(f"policies={self.policies}: legal is each once")
-        return tuple(policy_of(name, self.policy.get(name)) for name in self.policies)
-
-    def arbiter(self, *, every: int, seed: int) -> dict[str, Any]:
-        """The options of the arbiter."""
-        from mupace.control.options import Options
-
-        own = {"mode", "bounds", "every", "seed"} & self.options.keys()
-        if own:
-            raise ConfigError(
-                f"options.{min(own)}: legal is control.{min(own)}"
-                if "seed" not in own
-                else "options.seed: legal is run.seed"
-            )
-        bounds = {} if self.bounds is None else {"bounds": self.bounds}
-        return Options.from_dict({"mode": self.mode, "every": every, "seed": seed, **bounds, **self.options}).to_dict()
 
 
 class RunSection(Section):

@@ -12,13 +12,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils import get_total_norm
 
 from mupace.errors import CheckpointError, StateError
 from mupace.migrate.calibrate import Calibration
@@ -27,11 +25,12 @@ from mupace.pacer import Pacer
 from mupace.record import Record, TensorBoardSink, read, record_file
 from mupace.trainer import checkpoint
 from mupace.trainer.calibration import calibrated
+from mupace.trainer.compute import Compute
 from mupace.trainer.config import RunConfig
 from mupace.trainer.data import Sampler
-from mupace.trainer.model import evaluating, generate_text
+from mupace.trainer.model import generate_text
 from mupace.trainer.parts import Parts, changed_plan, clock_of, describe, intervals, optimizers_of, prepare, rules_of
-from mupace.trainer.process import named_norms, seed_all, signals
+from mupace.trainer.process import seed_all, signals
 from mupace.trainer.same import refuse_another_run
 from mupace.trainer.scaling import factors_of
 from mupace.trainer.start import source_loss
@@ -108,8 +107,7 @@ class Trainer:
         self.tokens_per_step = c.batch.micro * c.batch.accumulate * c.data.seq_len
         self.sampler = Sampler(len(parts.data.train), batch=c.batch.micro * c.batch.accumulate, seed=c.run.seed)
         self.scaler = torch.amp.GradScaler(parts.device.type, enabled=c.run.precision == "fp16")
-        self.forward = torch.compile(self.model) if c.model.compile else self.model
-        self.eval_blocks = parts.data.eval_blocks(c.eval.blocks)
+        self.compute = Compute(parts, self.scaler)
         self.seconds = 0.0  # training time, over all processes that worked on this run
         self.journaled = 0  # rows of the pacer's journal that the record has
         self.skips = 0  # updates in a row that the loss scale has made us skip
@@ -143,8 +141,11 @@ class Trainer:
                 self._loop(record)
             finally:
                 record.sync()
+            if self.lost or self.steering.ended() == "diverged":
+                self.steering.incident("lost" if self.lost else "diverged", self.sampler.state_dict())
             self._refuse_lost_run()
-            reason = self.steering.ended(self.model) or ("finished" if self._done() else str(self.stop))
+            self.unsaved |= self.steering.put_best(self.model)
+            reason = self.steering.ended() or ("finished" if self._done() else str(self.stop))
             if self.unsaved:
                 self._save(record)
             if reason == "finished":
@@ -177,8 +178,8 @@ class Trainer:
         lr = dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
         before = self.pacer.clock.step
         feedback, blocks = self.steering.feedback(), next(self.sampler)
-        loss = self._accumulate(blocks)
-        norms, clipped = self._clip()
+        loss = self.compute.accumulate(blocks)
+        norms, clipped = self.compute.clip(self.steering.gradients)
         # Asked once for all: of two optimizers, one must not step while the other's gradients overflow.
         overflow = self.scaler.is_enabled() and not math.isfinite(norms["grad_norm"])
         if not overflow and self.steering.admit(loss, norms["grad_norm"]):
@@ -186,7 +187,7 @@ class Trainer:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.pacer.step()
-        self.steering.probe(self.pacer.clock.step > before, lambda: self._forward(blocks))
+        self.steering.probe(self.pacer.clock.step > before, lambda: self.compute.loss(blocks))
         for optimizer in self.parts.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.last_loss, self.unsaved = float(loss), True
@@ -198,55 +199,9 @@ class Trainer:
         self._refuse_skipping_for_ever(applied)
         self.lost = 0 if math.isfinite(self.last_loss) or not applied else self.lost + 1
         if self.lost == MAX_NOT_FINITE:
+            self.steering.incident("lost", self.sampler.state_dict())
             self._refuse_lost_run()
         return applied
-
-    def _accumulate(self, blocks: Any) -> torch.Tensor:
-        """Forward and backward over the micro-batches; returns the mean loss, on its device."""
-        c = self.config.batch
-        ids = self.parts.data.train.take(blocks).to(self.parts.device, non_blocking=True)  # [B, T+1]
-        total = torch.zeros((), device=self.parts.device)
-        for micro in torch.split(ids, c.micro):
-            with self._autocast():
-                loss = self.forward(input_ids=micro, labels=micro, use_cache=False).loss / c.accumulate
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
-
-    @torch.no_grad()
-    def _forward(self, blocks: Any) -> float:
-        """The loss of a batch as the weights are now, in the precision of training."""
-        ids = self.parts.data.train.take(blocks).to(self.parts.device)
-        with self._autocast():
-            losses = [
-                self.forward(input_ids=m, labels=m, use_cache=False).loss
-                for m in torch.split(ids, self.config.batch.micro)
-            ]
-        return float(torch.stack(losses).double().mean())
-
-    def _autocast(self) -> Any:
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        precision = self.config.run.precision
-        return nullcontext() if precision == "fp32" else torch.autocast(self.parts.device.type, dtypes[precision])
-
-    def _clip(self) -> tuple[dict[str, float], bool]:
-        """Unscale, clip by value and by norm; returns the global norms before, and whether anything was clipped."""
-        for optimizer in self.parts.optimizers:
-            self.scaler.unscale_(optimizer)
-        self.steering.gradients()
-        by_value, by_norm = self.config.clip.value, self.config.clip.norm
-        norms, largest = self.pacer.grad_norms() if by_norm is None or by_value is not None else None, 0.0
-        if by_value is not None:
-            largest = float(get_total_norm(self._gradients(), math.inf))
-            self.pacer.clip_grad_value_(by_value)
-        used = 0.0 if by_norm is None else float(self.pacer.clip_grad_norm_(by_norm))
-        clipped = largest > (by_value or math.inf) or used > (by_norm or math.inf)
-        return named_norms(norms or self.pacer.last_grad_norms), clipped
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [
-            p.grad for o in self.parts.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None
-        ]
 
     def _refuse_skipping_for_ever(self, applied: bool) -> None:
         self.skips = 0 if applied else self.skips + 1
@@ -311,27 +266,13 @@ class Trainer:
 
     def _evaluate(self, record: Record) -> None:
         """Record how the model does on the validation blocks."""
-        mean, bits, tokens = self._measure()
+        mean, bits, tokens = self.compute.evaluate()
         self.last_eval = (mean, bits)
-        clock, averaged = self.pacer.clock, self.steering.averaged(lambda: self._measure()[0])
+        clock, averaged = self.pacer.clock, self.steering.averaged(lambda: self.compute.evaluate()[0])
         row = {"loss": mean, "tokens": tokens, "bits_per_byte": bits, **averaged}
         record.write("eval", step=clock.step, token=clock.token, **row)
         self.steering.evaluated(self.model, mean, bits, averaged)
         self.progress({"message": f"update {clock.step}: validation loss {mean:.4f}, {bits:.3f} bits per byte"})
-
-    @torch.no_grad()
-    def _measure(self) -> tuple[float, float, int]:
-        """Mean loss over the fixed validation blocks, in nats per token and bits per byte, and their tokens."""
-        total, tokens = 0.0, 0
-        with evaluating(self.model):
-            for ids in torch.split(self.eval_blocks, self.config.batch.micro):
-                ids = ids.to(self.parts.device)
-                with self._autocast():
-                    loss = self.forward(input_ids=ids, labels=ids, use_cache=False).loss
-                n = ids.shape[0] * (ids.shape[1] - 1)
-                total, tokens = total + float(loss) * n, tokens + n
-        mean = total / tokens
-        return mean, mean / math.log(2) / self.parts.data.valid_bytes_per_token, tokens
 
     def _asked(self, record: Record) -> None:
         """Keep the decisions of the controller in the record, and do what they ask for."""
@@ -377,6 +318,7 @@ class Trainer:
             "clock": clock_of(self.pacer, self.seconds),
             "scales": factors_of(self.parts.plan),
             **({"start": self.lineage} if self.lineage else {}),
+            **({} if self.compute.adaptive is None else {"clip": self.compute.adaptive.state_dict()}),
             **self.steering.state(),
         }
         path = checkpoint.save(
@@ -420,7 +362,7 @@ class Trainer:
         origin = self.parts.origin
         if origin is None or resumed is not None:
             return
-        mean, bits, tokens = self._measure()
+        mean, bits, tokens = self.compute.evaluate()
         clock, source = self.pacer.clock, source_loss(self.config, origin, self.parts.data)
         beside = {} if source is None else {"source": source}
         record.write(
@@ -455,6 +397,8 @@ class Trainer:
         self.journaled = state["pacer"]["journaled"]
         if state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        if self.compute.adaptive is not None:
+            self.compute.adaptive.load_state_dict(state["clip"])
         self.steering.load(path, state, rollback=rollback)
         if not rollback:
             self.sampler.load_state_dict(state["sampler"])

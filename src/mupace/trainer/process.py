@@ -1,4 +1,4 @@
-"""What surrounds the loop of a run: seeds, signals, and how norms are named."""
+"""What surrounds the loop of a run: seeds and signals."""
 
 from __future__ import annotations
 
@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from mupace.gradients import Norms
-
 if TYPE_CHECKING:
     from mupace.trainer.loop import Trainer
-
-
-def named_norms(norms: Norms | None) -> dict[str, float]:
-    """The norms as a row of the record names them; the one that is used for clipping only where it is another."""
-    assert norms is not None  # one of the two has been taken
-    row = {"grad_norm": float(norms.plain)}
-    return row if norms.used is norms.plain else {**row, "grad_norm_equivariant": float(norms.used)}
 
 
 def seed_all(seed: int) -> None:

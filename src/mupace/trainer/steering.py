@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from mupace.control.controller import Controller
+from mupace.control.incident import write_incident
+from mupace.control.rerun import readings_of
 from mupace.control.state import difference
 from mupace.errors import CheckpointError, ConfigError
 from mupace.telemetry import Averaged, Telemetry, Tiers
@@ -148,14 +150,32 @@ class Steering:
         for ask, _ in asks:
             yield str(self._end) if ask == "stop" else ask
 
-    def ended(self, model: Any) -> str | None:
-        """Why the controller has ended the run, None where it has not; the best weights are put back if asked for."""
+    def ended(self) -> str | None:
+        """Why the controller has ended the run, None where it has not."""
+        return self._end
+
+    def put_best(self, model: Any) -> bool:
+        """Put the best weights back at an early stop that wants them; whether that was done."""
         section = self.parts.config.control
         best = self.directory / BEST
         wanted = section is not None and section.policy.get("early", {}).get("restore_best", True)
         if self._end == "early_stop" and wanted and best.is_dir():
             checkpoint.put_weights(best, model)
-        return self._end
+            return True
+        return False
+
+    def incident(self, reason: str, sampler: Mapping[str, Any]) -> None:
+        """Keep what explains the end of a run that went wrong: readings, decisions, config, generators, batches."""
+        if self.controller is None or self.controller.directory is None:
+            return
+        readings, decisions = readings_of(self.directory)
+        if not readings:
+            return
+        place = write_incident(
+            self.directory / "control", readings=readings, decisions=decisions, reason=reason,
+            config=self.parts.config.to_dict(), rng=checkpoint.rng_state(), batches=dict(sampler),
+        )  # fmt: skip
+        self.controller.tell(f"what explains it is in {place}")
 
     def state(self) -> dict[str, Any]:
         """For the state of the checkpoint that is being written."""

@@ -157,7 +157,8 @@ def refuse_other_length(run: RunConfig, total: str | None) -> None:
 def at_size(of: Family, size: Size, rules: str) -> RunConfig:
     """The run in one size: the model's keys changed, scaled from the proxy by `rules`.
 
-    At the proxy's own size, and for `standard`, there is no section: the run is trained as it stands.
+    At the proxy's own size, and for `standard`, there is no section: the run is trained as it stands. A [control]
+    section is left out: what is compared are the rates of the plan, not what a controller makes of them.
 
     Raises:
         ConfigError: unknown rules, or a size that the family cannot have.
@@ -166,6 +167,7 @@ def at_size(of: Family, size: Size, rules: str) -> RunConfig:
     wanted = of.grown(size)
     values = of.run.to_dict()
     section = values.pop("parametrize", {})
+    values.pop("control", None)
     values["model"]["config"] = _keys(of, wanted)
     base = {key: value for key, value in _plain(of.proxy).items() if _plain(wanted).get(key, value) != value}
     if base and rules != STANDARD:
