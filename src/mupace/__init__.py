@@ -1,4 +1,4 @@
-"""mupace paces the learning rate of any PyTorch model, and checks the plan before the run.
+"""mupace paces the learning rate of any PyTorch model, and moves what was tuned and trained small to large, exactly.
 
     curve = mupace.schedule("warmup 2% | hold 78% | sqrt 20% -> 0", total="1.2B tokens", tokens_per_step=524_288)
     pacer = mupace.Pacer(optimizer, curve)        # an LRScheduler: loss.backward(); optimizer.step(); pacer.step()
@@ -19,14 +19,18 @@ from mupace.errors import (
     MatchError,
     MupaceError,
     MupaceWarning,
+    RankDivergence,
     StateError,
 )
 from mupace.schedules import Curve, Phase, Schedule, schedule
 from mupace.units import Clock, Horizon, Span
 
 if TYPE_CHECKING:
-    from mupace import gate, migrate
+    from mupace import control, gate, migrate, policies, telemetry
     from mupace.checks import preflight
+    from mupace.clipping import AdaptiveClip
+    from mupace.control import Controller
+    from mupace.gradients import centralise
     from mupace.optimizers import optimizer, register_optimizer
     from mupace.pacer import Pacer
     from mupace.params import ParamTable, param_table, register_module
@@ -47,12 +51,15 @@ if TYPE_CHECKING:
     from mupace.tune.sweep import sweep
 
 _LAZY = {
+    "AdaptiveClip": "mupace.clipping",
+    "Controller": "mupace.control.controller",
     "Duration": "mupace.scaling",
     "Pacer": "mupace.pacer",
     "ParamTable": "mupace.params",
     "Plan": "mupace.scaling",
     "Rule": "mupace.scales",
     "RuleSet": "mupace.scaling",
+    "centralise": "mupace.gradients",
     "coordinate_check": "mupace.tune.coordinates",
     "freeze": "mupace.scales",
     "freeze_parameters": "mupace.scales",
@@ -73,12 +80,14 @@ _LAZY = {
     "unfreeze": "mupace.scales",
 }
 
-_PACKAGES = ("gate", "migrate")
+_PACKAGES = ("control", "gate", "migrate", "policies", "telemetry")
 
 __all__ = [
+    "AdaptiveClip",
     "CheckpointError",
     "Clock",
     "ConfigError",
+    "Controller",
     "Curve",
     "DataError",
     "Duration",
@@ -90,12 +99,15 @@ __all__ = [
     "ParamTable",
     "Phase",
     "Plan",
+    "RankDivergence",
     "Rule",
     "RuleSet",
     "Schedule",
     "Span",
     "StateError",
     "__version__",
+    "centralise",
+    "control",
     "coordinate_check",
     "freeze",
     "freeze_parameters",
@@ -108,6 +120,7 @@ __all__ = [
     "pace",
     "param_table",
     "parametrize",
+    "policies",
     "preflight",
     "register_module",
     "register_optimizer",
@@ -116,6 +129,7 @@ __all__ = [
     "scale",
     "schedule",
     "sweep",
+    "telemetry",
     "unfreeze",
 ]
 

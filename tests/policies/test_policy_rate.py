@@ -159,11 +159,29 @@ def test_oscillation_needs_the_cosine() -> None:
     def turning(spent: float, trim: float, k: int) -> float:
         return 3 + 0.1 * (-1) ** k + 1e-3 * np.sin(k)
 
-    assert drive(RATE, turning)[0] == []  # measurement noise looks the same
-    assert drive(RATE, turning, others=lambda k, t: {"cos": 0.3})[0] == []
-    found, _ = drive(RATE, turning, others=lambda k, t: {"cos": -0.3})
+    policy = RatePolicy(turning=True)
+    assert drive(policy, turning)[0] == []  # measurement noise looks the same
+    assert drive(policy, turning, others=lambda k, t: {"cos": 0.3})[0] == []
+    assert drive(RATE, turning, others=lambda k, t: {"cos": -0.3})[0] == []  # a healthy run looks so too
+    found, _ = drive(policy, turning, others=lambda k, t: {"cos": -0.3})
     assert set(names(found)) == {"oscillation"}
     assert found[0][1].evidence["autocorrelation"] < -0.3
+
+
+def test_far_from_critical_needs_no_trial() -> None:
+    found, (_, trim, _) = drive(RATE, obeying(), others=lambda k, t: {"headroom": 60 / t, "cos": 0.6})
+    assert set(names(found)) == {"far_from_critical"}
+    assert trim == 8.0  # 60, 30, 15; the fourth step is out of range, and 7.5 would not be far any more
+    assert all(b[0] - a[0] >= 4 for a, b in pairwise(found))
+    assert all(p.judged for _, p in found)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [{"headroom": 60.0}, {"headroom": 60.0, "cos": 0.1}, {"headroom": 11.0, "cos": 0.9}, {"cos": 0.9}],
+)
+def test_what_is_not_far_from_critical(known: dict[str, float]) -> None:
+    assert "far_from_critical" not in names(drive(RATE, obeying(), others=lambda k, t: known)[0])
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def test_a_tier_that_is_off_measures_nothing() -> None:
         (lambda: Telemetry([]), "legal are one torch optimizer or more"),
         (lambda: Telemetry([object()]), "legal are one torch optimizer or more"),
         (lambda: Loop("sgd").telemetry.observe(loss=torch.ones(3)), r"observe\(loss=a tensor of shape \(3,\)\)"),
-        (lambda: Loop("sgd").telemetry.observe(loss=None), r"observe\(loss=None\)"),
+        (lambda: Loop("sgd").telemetry.observe(loss="low"), r"observe\(loss='low'\)"),
         (lambda: Loop("sgd").telemetry.observe(loss=1.0, clipped="yes"), r"observe\(clipped='yes'\)"),
     ],
 )

@@ -68,7 +68,7 @@ SECTIONS = {
     "clip": ("nrm", "norm"),
     "eval": ("evry", "every"),
     "checkpoint": ("kep", "keep"),
-    "control": ("policys", "policies"),
+    "control": ("boundz", "bounds"),
     "run": ("sed", "seed"),
 }
 

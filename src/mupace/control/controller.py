@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ from mupace.control.state import Kept, commands_after, difference, main_of, merg
 from mupace.control.status import status_of
 from mupace.errors import ConfigError, StateError
 from mupace.pacer import Pacer
+from mupace.pacer.trims import trims_to_list
 from mupace.policies import Policy, Reading, policy_of, policy_to_dict
 from mupace.telemetry import Telemetry, Tiers
 
 LOG = "log.jsonl"
 OFF = "off"  # a file of this name in the control directory takes all feedback back
 RETURN = 100  # updates in which that happens
+SHOWN = 1.0  # seconds between two looks at a run in which nothing is done; no decision depends on it
 Tell = Callable[[str], None]
 
 
@@ -94,6 +97,7 @@ class Controller:
         self._chain: Chain | None = None
         self._inbox: Inbox | None = None
         self._switched_off = False
+        self._shown = -math.inf
 
     @property
     def mode(self) -> str:
@@ -132,13 +136,13 @@ class Controller:
             return None
         applied = self.pacer.clock.step > self.kept.seen
         own = {k: numbers.pop(k) for k in ("grad_norm", "clipped", "loss_scale") if k in numbers}
-        if loss is not None or own:
-            self.telemetry.observe(loss=loss, skipped=not applied, **own)
+        self.telemetry.observe(loss=loss, skipped=not applied, **own)
         self.measured(**numbers)
-        if not applied:
-            return None
-        self.kept.count(self.pacer)
-        return self._tick() if self.kept.seen % self.options.every == 0 else None
+        if applied:
+            self.kept.count(self.pacer)
+            return self._tick() if self.kept.seen % self.options.every == 0 else None
+        self.kept.left_out += 1  # where nothing is applied any more, somebody must still look
+        return self._tick() if self.kept.left_out % self.options.every == 0 else None
 
     def measured(self, **values: Any) -> None:
         """Give the next reading further numbers; a `__` in a name is a dot. NaN is no evidence: the name is lost."""
@@ -186,14 +190,21 @@ class Controller:
         if self.consensus.leads:
             decision = self._decided(reading)
             payload = b"" if decision is None else _bytes(decision.to_dict())
-        payload = self.consensus.share(payload if self.consensus.leads else None)
+        payload = self.consensus.share(payload if self.consensus.leads else None, self.pacer.clock.step)
         if payload:
             decision = Decision.from_dict(json.loads(payload))
             self._carry_out(decision)
-        self.consensus.digest(self.pacer.clock.step, self.pacer.names, self._in_optimizer())
-        if self.consensus.leads and self._inbox is not None:
-            self._inbox.write_status(status_of(self))
+        trims = {row["group"]: row for row in trims_to_list(self.pacer.trims) if row["field"] == "lr"}
+        rates, decays = self._in_optimizer("lr"), self._in_optimizer("weight_decay")
+        self.consensus.digest(self.pacer.clock.step, self.pacer.names, rates, decays, trims)
+        self._show(bool(decision is not None and (decision.acted or decision.commands)))
         return decision
+
+    def _show(self, now: bool) -> None:
+        """The status for people: when something was done, else now and then."""
+        if self.consensus.leads and self._inbox is not None and (now or time.monotonic() - self._shown >= SHOWN):
+            self._inbox.write_status(status_of(self))
+            self._shown = time.monotonic()
 
     def _reading(self, on: str | None) -> Reading:
         """What is known now, the same on all ranks."""
@@ -224,7 +235,8 @@ class Controller:
             chain.append("reading", reading=reading.to_dict(), **told, **({"admits": admits} if admits else {}))
             if decision is not None:
                 chain.append("decision", decision=decision.to_dict())
-                chain.sync()
+                if decision.acted or decision.commands:
+                    chain.sync()
         return decision
 
     def _carry_out(self, decision: Decision) -> None:
@@ -257,9 +269,9 @@ class Controller:
     def _rates(self) -> dict[str, float]:
         return dict(zip(self.pacer.names, self.pacer.get_last_lr(), strict=True))
 
-    def _in_optimizer(self) -> list[float]:
+    def _in_optimizer(self, field: str) -> list[float]:
         """What stands in the groups, whoever has written it."""
-        return [float(g["lr"]) for o in self.pacer.optimizers for g in o.param_groups]
+        return [float(g.get(field, 0.0)) for o in self.pacer.optimizers for g in o.param_groups]
 
     def _new_commands(self, reading: Reading) -> list[Command]:
         """Commands from Python and from the inbox, and the switch that turns everything off."""

@@ -9,7 +9,6 @@ control is a hash of the seed and the proposal's number.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -70,7 +69,7 @@ class Engine:
 
     def decide(self, state: State, reading: Reading, commands: Sequence[Command] = ()) -> tuple[State, Decision | None]:
         """One step of the arbiter; `state` is not changed in place."""
-        state = copy.deepcopy(state)
+        state = _branched(state)
         ended, told = self._end_locks(state, reading), self._commands(state, reading, commands)
         verdicts.note_sums(state, reading)
         verdicts.remember(state, reading)
@@ -147,6 +146,20 @@ class Engine:
         if target == "all":
             return tuple(self.groups)
         return tuple(name for name, role in self.groups.items() if target in (name, role))
+
+
+def _branched(state: State) -> State:
+    """A state whose tables can be written to; what is in their rows is replaced, never changed, policies' states too."""
+    budget = state["budget"]
+    return {
+        **state,
+        "policies": {n: {**row, "confidence": dict(row["confidence"])} for n, row in state["policies"].items()},
+        "trims": {source: dict(rows) for source, rows in state["trims"].items()},
+        "locks": {group: dict(lock) for group, lock in state["locks"].items()},
+        "bounds": dict(state["bounds"]),
+        "events": list(state["events"]),
+        "budget": {**budget, "slew": dict(budget["slew"])},
+    }
 
 
 class _Draft:
@@ -282,7 +295,8 @@ class _Draft:
         ramps = [self.ramp, *(int(result.get("ramp", 0)) for result in told)]
         return Decision(
             id=number, step=self.reading.step, outcomes=tuple(self.outcomes), commands=tuple(told),
-            trims=copy.deepcopy(self.state["trims"]), limits=limits_of(self.state), ramp=max(ramps), pace=self.pace,
+            trims={source: dict(rows) for source, rows in self.state["trims"].items()},
+            limits=limits_of(self.state), ramp=max(ramps), pace=self.pace,
             asks=tuple(dict.fromkeys(asks)), reason=_reason(self.outcomes, told, ended),
         )  # fmt: skip
 

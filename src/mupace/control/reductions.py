@@ -15,7 +15,8 @@ def means(consensus: Consensus, values: Sequence[float]) -> list[float]:
     if consensus.size == 1 or not values:
         return list(values)
     together = torch.tensor(list(values), dtype=torch.float64)
-    dist.all_reduce(together, group=consensus.process_group)
+    with consensus.heard("reduce"):
+        dist.all_reduce(together, group=consensus.process_group)
     found: list[float] = (together / consensus.size).tolist()
     return found
 
@@ -26,7 +27,8 @@ def mean_and_largest(consensus: Consensus, loss: float, norm: float) -> tuple[fl
         return loss, norm
     rows = torch.zeros(consensus.size, 2, dtype=torch.float64)
     rows[consensus.rank] = torch.tensor([loss, norm], dtype=torch.float64)
-    dist.all_reduce(rows, group=consensus.process_group)
+    with consensus.heard("reduce"):
+        dist.all_reduce(rows, group=consensus.process_group)
     return float(rows[:, 0].mean()), float(rows[:, 1].max())
 
 
@@ -35,5 +37,6 @@ def agreed(consensus: Consensus, good: bool) -> bool:
     if consensus.size == 1:
         return good
     answer = torch.tensor([int(good)], dtype=torch.int64)
-    dist.broadcast(answer, src=dist.get_global_rank(consensus.process_group, 0), group=consensus.process_group)
+    with consensus.heard("reduce"):
+        dist.broadcast(answer, src=dist.get_global_rank(consensus.process_group, 0), group=consensus.process_group)
     return bool(answer.item())

@@ -29,7 +29,7 @@ class Kept:
 
     Attributes:
         state: of the arbiter and the policies.
-        seen: updates that were counted; planned: those that are in `plan_sum`.
+        seen: updates that were counted; planned: those that are in `plan_sum`; left_out: tries that were not applied.
         lr_sum: Σ over updates of the main group's rate over its peak; plan_sum: the same without feedback.
         snapshot: update of the last snapshot; -1: none yet.
         ranks: how many processes there were.
@@ -41,6 +41,7 @@ class Kept:
     state: State
     seen: int = 0
     planned: int = 0
+    left_out: int = 0
     lr_sum: float = 0.0
     plan_sum: float = 0.0
     snapshot: int = -1

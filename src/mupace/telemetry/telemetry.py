@@ -180,7 +180,7 @@ class Telemetry:
     def observe(
         self,
         *,
-        loss: Any,
+        loss: Any = None,
         grad_norm: Any = None,
         clipped: Any = None,
         skipped: bool = False,
@@ -189,7 +189,8 @@ class Telemetry:
         """Say how the step went; once per update, after `optimizer.step()`. Tensors stay where they are.
 
         Args:
-            loss: the mean loss of the batch (under accumulation, of all its parts), a number or a one-element tensor.
+            loss: the mean loss of the batch (under accumulation, of all its parts), a number or a one-element tensor;
+                None where the loop does not show it.
             grad_norm: the global norm before clipping, where it is known anyway; else it is measured when due.
             clipped: whether clipping changed the gradients.
             skipped: the update was not applied. What was measured of it is dropped, and so are its norm and `clipped`.
@@ -358,7 +359,7 @@ def _used(group: Mapping[str, Any]) -> dict[str, Any]:
 def _check(name: str, value: Any) -> None:
     shown = "clipped" if name == "clip_rate" else name
     fine = value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, bool) or is_number(value)
-    if not fine and (value is not None or name == "loss"):
+    if not fine and value is not None:
         what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise ConfigError(f"observe({shown}={what}): legal is a number, or a tensor with one element")
 

@@ -97,7 +97,8 @@ def _adaptive(parts: Parts) -> AdaptiveClip | None:
     if c.adaptive is None:
         return None
     ceiling = math.inf if c.norm is None else c.norm
-    return AdaptiveClip(parts.optimizers, parts.table, scope=c.adaptive, max_norm=ceiling, quantile=c.quantile)
+    given: dict[str, Any] = {} if c.quantile is None else {"quantile": c.quantile}
+    return AdaptiveClip(parts.optimizers, parts.table, scope=c.adaptive, max_norm=ceiling, **given)
 
 
 def named(norms: Norms | None) -> dict[str, float]:

@@ -191,8 +191,14 @@ class ClipSection(Section):
     norm: Annotated[Annotated[float, Field(gt=0)] | None, Switch] = 1.0
     value: float | None = Field(default=None, gt=0)
     adaptive: Literal["role", "tensor", "global"] | None = None
-    quantile: float = Field(default=0.98, gt=0, lt=1)
+    quantile: float | None = Field(default=None, gt=0, lt=1)
     centralise: str | None = None
+
+    @model_validator(mode="after")
+    def _of_what(self) -> ClipSection:
+        if self.quantile is not None and self.adaptive is None:
+            raise ConfigError(f"quantile={self.quantile:g} without adaptive; legal is with adaptive='role', …")
+        return self
 
 
 class EvalSection(Section):
