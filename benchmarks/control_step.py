@@ -1,7 +1,8 @@
 """What `control.step()` costs between two readings and at one: `python benchmarks/control_step.py`.
 
 Off-tick: the median over updates without a reading. On-tick: the median over updates with one. For 2 and 300 groups, in
-mode `act` with a policy that moves every group at every reading, and with a directory (log, inbox, status) and without.
+mode `act`, with a policy that moves every group at every reading and one that does nothing, and with a directory (log,
+inbox, status) and without.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ torch.set_num_threads(1)
 
 @dataclass(frozen=True, kw_only=True)
 class Busy:
-    """Moves everything a little at every reading."""
+    """Moves everything a little at every reading, or nothing."""
+
+    acts: bool = True
 
     name: ClassVar[str] = "busy"
     reads: ClassVar[tuple[str, ...]] = ()
@@ -33,18 +36,20 @@ class Busy:
         return {"n": 0}
 
     def step(self, reading: Reading, state: State) -> tuple[tuple[Proposal, ...], State]:
+        if not self.acts:
+            return (), state
         factor = 0.99 if state["n"] % 2 else 1 / 0.99
         return (Proposal(policy="busy", factor=factor, reason="busy", judged=False),), {"n": state["n"] + 1}
 
 
-def measured(groups: int, directory: str | None) -> tuple[float, float]:
+def measured(groups: int, directory: str | None, acts: bool) -> tuple[float, float]:
     """(off-tick, on-tick) in microseconds."""
     rows: list[dict[str, Any]] = [
         {"params": [torch.nn.Parameter(torch.zeros(2))], "name": f"group {i}", "role": "ffn", "lr": 0.1}
         for i in range(groups)
     ]
     pacer = Pacer(torch.optim.SGD(rows), mupace.schedule("warmup 2% | hold | linear 20% -> 0", total="1000 steps"))
-    control = Controller(pacer, [Busy()], directory=directory, mode="act", bounds=(0.5, 2.0))
+    control = Controller(pacer, [Busy(acts=acts)], directory=directory, mode="act", bounds=(0.5, 2.0))
     found: dict[bool, list[float]] = {False: [], True: []}
     for i in range(1, 601):
         pacer.step(applied=True)
@@ -56,12 +61,13 @@ def measured(groups: int, directory: str | None) -> tuple[float, float]:
 
 
 def main() -> None:
-    print(f"{'groups':>8} {'directory':>10} {'off-tick us':>12} {'on-tick us':>12}")
+    print(f"{'groups':>8} {'directory':>10} {'acts':>6} {'off-tick us':>12} {'on-tick us':>12}")
     for groups in (2, 300):
         for written in (False, True):
-            with tempfile.TemporaryDirectory() as directory:
-                off, on = measured(groups, directory if written else None)
-            print(f"{groups:>8} {'yes' if written else 'no':>10} {off:>12.1f} {on:>12.1f}")
+            for acts in (False, True):
+                with tempfile.TemporaryDirectory() as directory:
+                    off, on = measured(groups, directory if written else None, acts)
+                print(f"{groups:>8} {'yes' if written else 'no':>10} {'yes' if acts else 'no':>6} {off:>12.1f} {on:>12.1f}")
 
 
 if __name__ == "__main__":

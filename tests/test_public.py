@@ -18,9 +18,11 @@ else:
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
+    "AdaptiveClip",
     "CheckpointError",
     "Clock",
     "ConfigError",
+    "Controller",
     "Curve",
     "DataError",
     "Duration",
@@ -32,12 +34,15 @@ NAMES = [
     "ParamTable",
     "Phase",
     "Plan",
+    "RankDivergence",
     "Rule",
     "RuleSet",
     "Schedule",
     "Span",
     "StateError",
     "__version__",
+    "centralise",
+    "control",
     "coordinate_check",
     "freeze",
     "freeze_parameters",
@@ -50,6 +55,7 @@ NAMES = [
     "pace",
     "param_table",
     "parametrize",
+    "policies",
     "preflight",
     "register_module",
     "register_optimizer",
@@ -58,6 +64,7 @@ NAMES = [
     "scale",
     "schedule",
     "sweep",
+    "telemetry",
     "unfreeze",
 ]
 

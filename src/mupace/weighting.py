@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from mupace.complexity.bands import Bands
-from mupace.errors import ConfigError, one_of
+from mupace.errors import ConfigError, StateError, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +211,18 @@ class Composition:
         if not samples:
             return {}
         return {"data.quality": weight / samples, "data.share": max(counts, default=0.0) / samples}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added since the last call of `values`, JSON-able."""
+        return {"samples": self._samples, "weight": self._weight, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises StateError for the state of other sources."""
+        if sorted(state["counts"]) != sorted(self.sources):
+            saved, own = ", ".join(sorted(state["counts"])), ", ".join(self.sources)
+            raise StateError(f"composition: the saved sources are {saved}, legal are {own}")
+        self._counts = {source: int(state["counts"][source]) for source in self.sources}
+        self._samples, self._weight = int(state["samples"]), float(state["weight"])
 
     def _start(self) -> None:
         self._counts = dict.fromkeys(self.sources, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from mupace.clipping import AdaptiveClip
 from mupace.gradients import Norms, centralise
 from mupace.trainer.model import evaluating
 from mupace.trainer.parts import Parts
+from mupace.weighting import normalised, weighted_causal_loss
 
 
 class Compute:
@@ -26,20 +27,38 @@ class Compute:
         self.adaptive = _adaptive(parts)
 
     def accumulate(self, blocks: Any) -> torch.Tensor:
-        """Forward and backward over the micro-batches; returns the mean loss, on its device."""
+        """Forward and backward over the micro-batches; returns the mean loss, weighted as it was, on its device."""
         c = self.config.batch
         ids = self.parts.data.train.take(blocks).to(self.parts.device, non_blocking=True)  # [B, T+1]
         total = torch.zeros((), device=self.parts.device)
-        for micro in torch.split(ids, c.micro):
+        for micro, weights in zip(torch.split(ids, c.micro), self._weights(blocks), strict=True):
             with self.autocast():
-                loss = self.forward(input_ids=micro, labels=micro, use_cache=False).loss / c.accumulate
+                loss: Any = self._loss(micro, weights) / c.accumulate
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
+    def _weights(self, blocks: Any) -> Sequence[torch.Tensor | None]:
+        """Those of each micro-batch's samples, with mean 1 over the update; None where the loss is the plain one."""
+        c, known = self.config.batch, self.parts.data.weights
+        if known is None or not known.in_loss:
+            return [None] * c.accumulate
+        made = normalised(torch.split(known.of(blocks), c.micro))
+        return [None] * c.accumulate if all(bool((w == 1).all()) for w in made) else made
+
+    def _loss(self, micro: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """The model's own loss; with weights, the weighted mean over tokens and what its routers add to it."""
+        if weights is None:
+            loss: torch.Tensor = self.forward(input_ids=micro, labels=micro, use_cache=False).loss
+            return loss
+        out = self.forward(input_ids=micro, use_cache=False)
+        loss = weighted_causal_loss(out.logits, micro, weights, per="token")
+        routers = getattr(out, "aux_loss", None)
+        return loss if routers is None else loss + self.model.config.router_aux_loss_coef * routers
+
     @torch.no_grad()
     def loss(self, blocks: Any) -> float:
-        """The loss of a batch as the weights are now, in the precision of training."""
+        """The loss of a batch with the parameters as they are now, in the precision of training, no sample weighted."""
         ids = self.parts.data.train.take(blocks).to(self.parts.device)
         micros = torch.split(ids, self.config.batch.micro)
         with self.autocast():

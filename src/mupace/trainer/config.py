@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mupace.errors import ConfigError, one_of
 from mupace.schedules import Curve, Schedule, batch_scaled, preset, schedule
-from mupace.trainer.section import OFF, ControlSection, Length, Positive, Section, Stage, Switch
+from mupace.trainer.section import OFF, ControlSection, Length, Positive, Section, Stage, Switch, WeightsSection
 from mupace.units import batch_tokens
 
 
@@ -244,6 +244,7 @@ class RunConfig(Section):
     eval: EvalSection = Field(default_factory=EvalSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     control: ControlSection | None = None
+    weights: WeightsSection | None = None
     run: RunSection = Field(default_factory=RunSection)
 
     @model_validator(mode="before")
@@ -275,6 +276,20 @@ class RunConfig(Section):
             raise ConfigError(
                 f"groups.preset is {given}: the policy 'layer' moves rates inside the ranges of {preset!r}; "
                 f"legal is groups.preset={preset!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> RunConfig:
+        reads = self.control is not None and "data" in self.control.policies
+        if reads and self.weights is None:
+            raise ConfigError(
+                "control.policies has 'data', which reads what [weights] gives; legal is with that section"
+            )
+        if self.weights is not None and self.weights.apply == "lr" and not reads:
+            raise ConfigError(
+                "weights.apply='lr' is for the policy 'data', which does not run; legal is with it in "
+                "control.policies, or apply='loss'"
             )
         return self
 

@@ -18,9 +18,10 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ import torch
 
 from mupace.errors import DataError, StateError
 from mupace.trainer import tokens
+
+if TYPE_CHECKING:
+    from mupace.trainer.weights import BlockWeights
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 LEGAL = f"{', '.join(SUFFIXES)}, each also with .gz"
@@ -153,6 +157,10 @@ class Blocks:
         return np.arange(n, dtype=np.int64) * len(self) // max(n, 1)
 
 
+Weigh: TypeAlias = "Callable[[Corpus, Blocks, tokens.Tokenizer], BlockWeights]"
+"""From the training documents and their blocks to the weights of these."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
     """Training and validation tokens, and where they came from."""
@@ -164,6 +172,7 @@ class Dataset:
     documents: int
     n_bytes: int
     valid_bytes_per_token: float  # bits per byte = loss / ln 2 / this
+    weights: BlockWeights | None = None  # of the training blocks
 
     def eval_blocks(self, n: int) -> torch.Tensor:
         """`n` validation blocks, int64 (n, seq_len + 1): the same at every evaluation and after a resume."""
@@ -178,6 +187,7 @@ def prepare(
     field: str = "text",
     valid_fraction: float = VALID_FRACTION,
     cache: Path | None = None,
+    weigh: Weigh | None = None,
 ) -> Dataset:
     """Read, split, tokenize and cut text: everything between a path and a batch.
 
@@ -188,6 +198,7 @@ def prepare(
         field: the field of a JSONL line that holds the text.
         valid_fraction: share of the bytes held out, see `split`.
         cache: folder of cached tokens; the user's cache folder when None.
+        weigh: gives the training blocks their weights; None for none.
 
     Raises:
         DataError: unusable text, or too little of it for one training and one validation sequence.
@@ -211,6 +222,7 @@ def prepare(
         documents=len(corpus.documents),
         n_bytes=corpus.n_bytes,
         valid_bytes_per_token=valid.n_bytes / len(parts[1].ids),
+        weights=None if weigh is None else weigh(train, parts[0], tok),
     )
 
 

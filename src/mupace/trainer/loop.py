@@ -195,7 +195,7 @@ class Trainer:
         self.seconds += spent
         applied = self.pacer.clock.step > before
         self._log(record, lr, norms, spent, clipped=clipped, skipped=not applied, **feedback)
-        self.steering.stepped(loss, norms["grad_norm"], clipped, self.scaler)
+        self.steering.stepped(loss, norms["grad_norm"], clipped, self.scaler, blocks)
         self._refuse_skipping_for_ever(applied)
         self.lost = 0 if math.isfinite(self.last_loss) or not applied else self.lost + 1
         if self.lost == MAX_NOT_FINITE:
@@ -314,6 +314,7 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
             "text_sha256": self.parts.data.sha256,
             "tokenizer_sha256": self.parts.data.tokenizer.sha256,
+            **({} if (weights := self.parts.data.weights) is None else {"weights_sha256": weights.sha256}),
             "seconds": self.seconds,
             "clock": clock_of(self.pacer, self.seconds),
             "scales": factors_of(self.parts.plan),

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +45,7 @@ from mupace.trainer.start import (
     rewarmed,
 )
 from mupace.trainer.tokens import Tokenizer
+from mupace.trainer.weights import block_weights
 from mupace.units import Horizon, Span
 
 if TYPE_CHECKING:
@@ -136,13 +138,15 @@ def ingredients(config: RunConfig, directory: Path | None = None) -> Ingredients
     if config.run.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("run.tensorboard=true needs tensorboard: pip install 'mupace[trackers]'")
     origin, d = origin_of(config.start, directory), config.data
+    cache = None if d.cache is None else Path(d.cache)
     data = prepare_data(
         d.text,
         tokenizer=d.tokenizer,
         seq_len=d.seq_len,
         field=d.field,
         valid_fraction=d.valid_fraction,
-        cache=None if d.cache is None else Path(d.cache),
+        cache=cache,
+        weigh=None if config.weights is None else partial(block_weights, config.weights, cache=cache),
     )
     curve = config.curve(len(data.train))
     intervals(config, curve.horizon)
@@ -318,6 +322,7 @@ def describe(parts: Parts) -> dict[str, Any]:
         "floor": curve.floor,
         "clip": c.clip.norm,
         **summary(c, parts.plan),
+        **({} if parts.data.weights is None else {"weights": parts.data.weights.summary()}),
         "total": str(curve.horizon.total),
         **plan_of(pacer.curve),
     }

@@ -11,7 +11,7 @@ from mupace.errors import CheckpointError
 from mupace.trainer.parts import Parts
 
 # Sections that a resumed run must share with its checkpoint; the schedule has its own policy (run.on_mismatch).
-FIXED = ("start", "model", "data", "batch", "optimizer", "parametrize", "groups", "clip", "run")
+FIXED = ("start", "model", "data", "weights", "batch", "optimizer", "parametrize", "groups", "clip", "run")
 # Keys of theirs that may change: where things are (the content is compared by its hash), and how it is computed.
 FREE = {
     "data.text",
@@ -49,6 +49,12 @@ def refuse_another_run(path: Path, saved: Mapping[str, Any], parts: Parts) -> No
                 f"checkpoint {path} was trained with another {what}: data.{what}={_shown(here['data'][what])} has "
                 f"sha256 {own[:12]}…, {_shown(saved['config']['data'][what])} had {hash_[:12]}…"
             )
+    weights = None if parts.data.weights is None else parts.data.weights.sha256
+    if saved.get("weights_sha256") != weights:
+        raise CheckpointError(
+            f"checkpoint {path} was trained with other weights of its samples: the order of weights.sources, or what "
+            "scores complexity, was another; legal is the same, or another output directory"
+        )
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,16 @@
-"""What every section of a run file is made of, and the section of the controller."""
+"""What every section of a run file is made of, and the sections of the controller and of the weights."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mupace.errors import ConfigError
+from mupace.errors import ConfigError, one_of
 from mupace.units import Span
+
+if TYPE_CHECKING:
+    from mupace.complexity import Bands
 
 OFF = "off"
 
@@ -26,6 +29,7 @@ Length = Annotated[str, BeforeValidator(_length)]
 Switch = BeforeValidator(_switched)  # the word "off" is None
 Stage = Literal["pretrain", "continue", "sft", "lora", "preference", "rl"]
 Positive = Annotated[int, Field(ge=1)]
+Factor = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -80,3 +84,41 @@ class ControlSection(Section):
             )
         bounds = {} if self.bounds is None else {"bounds": self.bounds}
         return Options.from_dict({"mode": self.mode, "every": every, "seed": seed, **bounds, **self.options}).to_dict()
+
+
+class WeightsSection(Section):
+    """What samples count, by the document that they are from: its source, and how complex its text is.
+
+    `sources`: pattern of document names to factor, the first that matches; `bands`: from complexity to factor.
+    """
+
+    sources: dict[str, Factor] = Field(default_factory=dict)
+    default: Factor = 1.0
+    complexity: bool = False
+    bands: dict[str, float] | None = None
+    low: float = Field(default=0.25, gt=0, le=1)
+    high: float = Field(default=1.5, ge=1)
+    apply: Literal["loss", "lr"] = "loss"
+
+    @model_validator(mode="after")
+    def _does_something(self) -> WeightsSection:
+        if not self.sources and not self.complexity:
+            raise ConfigError("nothing is weighted; legal is with sources, or complexity=true")
+        if self.bands is not None and not self.complexity:
+            raise ConfigError("bands are factors of a score; legal is with complexity=true")
+        named = {f"sources.{pattern!r}": factor for pattern, factor in self.sources.items()}
+        for name, factor in {**named, "default": self.default}.items():
+            if not self.low <= factor <= self.high:
+                raise ConfigError(f"{name}={factor:g}: legal is from low={self.low:g} to high={self.high:g}")
+        self.made_bands()
+        return self
+
+    def made_bands(self) -> Bands:
+        """From a complexity score to a factor."""
+        from mupace.complexity import Bands
+
+        given = self.bands or {}
+        for key in given:
+            if key not in Bands.__dataclass_fields__:
+                raise one_of("key in bands", key, Bands.__dataclass_fields__)
+        return Bands(**given)

@@ -21,6 +21,7 @@ from mupace.telemetry import Averaged, Telemetry, Tiers
 from mupace.trainer import checkpoint
 from mupace.trainer.model import quiet
 from mupace.trainer.parts import Interval, Parts
+from mupace.weighting import Composition
 
 BEST = "best"
 AVERAGED = "averaged"
@@ -35,6 +36,7 @@ class Steering:
         self.parts, self.directory = parts, directory
         self.controller: Controller | None = None
         self.weights: Averaged | None = None
+        self.composition: Composition | None = None
         self._new: list[dict[str, Any]] = []
         self._end: str | None = None
         section = parts.config.control
@@ -51,6 +53,8 @@ class Steering:
         )  # fmt: skip
         if section.average:
             self.weights = Averaged(parts.model.named_parameters(), every=every)
+        if parts.data.weights is not None:
+            self.composition = Composition(parts.data.weights.sources)
 
     def __enter__(self) -> Steering:
         if self.controller is not None:
@@ -85,14 +89,26 @@ class Steering:
         if self.controller is not None and applied and self.controller.telemetry.wants_probe:
             self.controller.telemetry.probe(loss, self.parts.model)
 
-    def stepped(self, loss: torch.Tensor, grad_norm: float, clipped: bool, scaler: torch.amp.GradScaler) -> None:
-        """After an update, applied or not."""
+    def stepped(
+        self, loss: torch.Tensor, grad_norm: float, clipped: bool, scaler: torch.amp.GradScaler, blocks: Any
+    ) -> None:
+        """After an update, applied or not, of these blocks."""
         if self.controller is None:
             return
         if self.weights is not None and self.parts.pacer.clock.step > self.controller.kept.seen:
             self.weights.update()
+        self._composed(blocks)
         scale = {"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
         self._keep(self.controller.step(loss=loss, grad_norm=grad_norm, clipped=clipped, **scale))
+
+    def _composed(self, blocks: Any) -> None:
+        """Count what an applied update's data was made of; the controller's next reading, where it is due, has it."""
+        controller, known, step = self.controller, self.parts.data.weights, self.parts.pacer.clock.step
+        if controller is None or self.composition is None or known is None or step <= controller.kept.seen:
+            return
+        self.composition.add(known.sources_of(blocks), known.of(blocks))
+        if step % controller.options.every == 0:
+            controller.measured(**self.composition.values())
 
     def averaged(self, measure: Callable[[], float]) -> dict[str, float]:
         """The loss of the averaged weights, for the record."""
@@ -182,7 +198,8 @@ class Steering:
         if self.controller is None:
             return {}
         self.controller.snapshotted()
-        return {"control": self.controller.state_dict()}
+        made = {} if self.composition is None else {"composition": self.composition.state_dict()}
+        return {"control": self.controller.state_dict(), **made}
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """For further files of the checkpoint."""
@@ -209,6 +226,8 @@ class Steering:
             self.controller.load_state_dict(saved["control"], rollback=rollback)
         elif self.controller is not None:
             self.controller.begin_here()
+        if self.composition is not None and "composition" in saved:
+            self.composition.load_state_dict(saved["composition"])
         file = path / f"{AVERAGED}.pt"
         if self.weights is not None and file.is_file():
             self.weights.load_state_dict(checkpoint.read_tensors(file))

@@ -184,6 +184,25 @@ def encode(documents: Sequence[bytes], key: str, tokenizer: Tokenizer, cache: Pa
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
+def document_ends(ids: Ids, documents: Sequence[bytes], tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """For every document the position in `ids` after its end of document; `ids` as `encode` gives them.
+
+    Each document ends with that id. Where the text itself has given it too (a tokenizer whose end of document is an
+    ordinary token), the documents are tokenized once more, one by one.
+    """
+    size = 1 << 24  # the array may be a memory map larger than the memory
+    pieces = (np.flatnonzero(ids[a : a + size] == tokenizer.end_of_document) + a for a in range(0, len(ids), size))
+    ends = np.concatenate([np.empty(0, np.int64), *pieces]) + 1
+    if len(ends) == len(documents):
+        return ends
+    ends = np.cumsum([len(tokenizer.stream([data])) for data in documents], dtype=np.int64)
+    if not len(ends) or ends[-1] != len(ids):
+        raise DataError(
+            f"tokenizer={tokenizer.name!r} does not give the same ids twice: where documents end is unknown"
+        )
+    return ends
+
+
 def cache_dir() -> Path:
     """`$XDG_CACHE_HOME/mupace`, or `~/.cache/mupace` where that variable is not an absolute path."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))

@@ -158,7 +158,8 @@ def at_size(of: Family, size: Size, rules: str) -> RunConfig:
     """The run in one size: the model's keys changed, scaled from the proxy by `rules`.
 
     At the proxy's own size, and for `standard`, there is no section: the run is trained as it stands. A [control]
-    section is left out: what is compared are the rates of the plan, not what a controller makes of them.
+    section is left out, with weights that are for it alone: what is compared are the rates of the plan, not what a
+    controller makes of them.
 
     Raises:
         ConfigError: unknown rules, or a size that the family cannot have.
@@ -168,6 +169,8 @@ def at_size(of: Family, size: Size, rules: str) -> RunConfig:
     values = of.run.to_dict()
     section = values.pop("parametrize", {})
     values.pop("control", None)
+    if values.get("weights", {}).get("apply") == "lr":
+        del values["weights"]
     values["model"]["config"] = _keys(of, wanted)
     base = {key: value for key, value in _plain(of.proxy).items() if _plain(wanted).get(key, value) != value}
     if base and rules != STANDARD:
