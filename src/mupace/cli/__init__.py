@@ -29,8 +29,8 @@ COMMANDS = {
     "control": "Show or override the controller of a running job.",
     "diagnose": "Name the symptoms that a run's readings show, with evidence and remedies.",
     "explain": "One decision of a controller on one screen.",
-    "complexity": "Show how complex texts are, and calibrate the score on your own.",
     "replay": "Make every decision of a run again from its log, or try other policies on it.",
+    "complexity": "Show how complex texts are, and calibrate the score on your own.",
     "report": "Make one HTML page of a run, with no network use.",
 }
 
