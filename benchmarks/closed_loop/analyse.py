@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from closed_loop.arms import ARMS, OPEN
-from closed_loop.design import FAULTED, SAME_RATES, WIDE, Job, Rows, seeds, tuned
+from closed_loop.arms import ARMS, OPEN, SECONDARY
+from closed_loop.design import FAULTED, SAME_RATES, WIDE, Job, Rows, factors_of, seeds, tuned
 from closed_loop.loop import AT, FAULTS, OF_EVALUATIONS
 from closed_loop.run import ROWS, read
 from closed_loop.stats import area, bca, holm, sign_flip, tost
 from closed_loop.tasks import FACTORS, STEPS, TASKS
 
+PRIMARY = tuple(a for a in ARMS if a not in SECONDARY)
 MARGIN, REDUCTION, ALPHA = 0.005, 0.20, 0.05
 BACK = 0.02  # nats: recovered
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "closed_loop.png"
@@ -61,7 +62,7 @@ class Results:
         """Seed -> area above the seed's best loss."""
         out = {}
         for s in self.complete(task, [arm], factors):
-            every = [c for a in ARMS if (c := self.curve(task, a, s, factors))]
+            every = [c for a in PRIMARY if (c := self.curve(task, a, s, factors))]
             out[s] = area(factors, self.curve(task, arm, s, factors) or [], min(map(min, every)))
         return out
 
@@ -118,7 +119,7 @@ def lines_factors(r: Results, task: str, factors: Sequence[float]) -> list[str]:
     ours = r.areas(task, "ours", factors)
     gaps = {a: paired(ours, r.areas(task, a, factors)) for a in arms if a != "ours"}
     gaps = {a: d for a, d in gaps.items() if d}
-    adjusted = holm({a: sign_flip(d) for a, d in gaps.items()})
+    adjusted = holm({a: sign_flip(d) for a, d in gaps.items() if a not in SECONDARY})
     for a in arms:
         on = r.complete(task, [a], factors)
         losses = np.mean([r.curve(task, a, s, factors) for s in on], axis=0)
@@ -126,7 +127,7 @@ def lines_factors(r: Results, task: str, factors: Sequence[float]) -> list[str]:
         line = f"{a:14} {len(on):2}  " + " ".join(f"{x:7.4f}" for x in losses) + f"  {mean:6.3f}"
         if a in gaps:
             d = gaps[a]
-            line += f"   {interval(d)}  p {sign_flip(d):.4f}, Holm {adjusted[a]:.3f}, {len(d)} seeds"
+            line += f"   {interval(d)}  p {sign_flip(d):.4f}, Holm {adjusted.get(a, math.nan):.3f}, {len(d)} seeds"
         out.append(line)
     return out
 
@@ -182,7 +183,7 @@ def prodigy_at_one(r: Results) -> dict[int, float]:
     out = {}
     width = math.log2(FACTORS[-1] / FACTORS[0])
     for s in r.complete("source", ["prodigy"], FACTORS):
-        every = [c for a in ARMS if (c := r.curve("source", a, s, FACTORS))]
+        every = [c for a in PRIMARY if (c := r.curve("source", a, s, FACTORS))]
         at = r.loss("source", "prodigy", 2.0**-exponent, s)
         if at is not None:
             out[s] = (at - min(map(min, every))) * width
@@ -247,17 +248,13 @@ def third(r: Results) -> list[str]:
     return out
 
 
-def factors_of(task: str) -> Sequence[float]:
-    return FACTORS if task in ("quadratic", "source") else WIDE
-
-
 def fourth(r: Results) -> tuple[bool | None, list[str]]:
     """Ours against yoked and sham, on every task that has run."""
     out, wins, ran = [], 0, 0
     for task in TASKS:
         factors = factors_of(task)
         ours = r.means(task, "ours", factors)
-        for other in ("yoked", "sham", "linear", "guards"):
+        for other in ("yoked", "sham", "pooled", "linear", "guards"):
             d = paired(ours, r.means(task, other, factors))
             if not d:
                 continue

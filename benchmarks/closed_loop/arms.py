@@ -9,12 +9,15 @@ weights()                  a context in which the model holds the weights that a
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -337,6 +340,14 @@ class Replayed(Arm):
         super().start()
 
 
+@cache
+def code() -> str:
+    """A hash over the source of what decides: the rows of one comparison must have the same."""
+    root = Path(mupace.__file__).parent
+    files = sorted(p for folder in ("control", "policies", "telemetry", "pacer") for p in (root / folder).glob("*.py"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:12]
+
+
 class Ours(Arm):
     """Linear to zero, and the Controller; the defaults but for lengths, which a run of 300 updates needs smaller."""
 
@@ -396,7 +407,8 @@ class Ours(Arm):
         for outcome in (o for d in self.controller.decisions for o in d.outcomes):
             name = f"{outcome.what} {outcome.proposal['policy']} {outcome.proposal['reason']}"
             counts[name] = counts.get(name, 0) + 1
-        return {"decisions": sum(n for name, n in counts.items() if name.startswith("applied")), "outcomes": counts}
+        applied = sum(n for name, n in counts.items() if name.startswith("applied"))
+        return {"decisions": applied, "outcomes": counts, "code": code()}
 
 
 class AsShipped(Ours):
@@ -421,12 +433,15 @@ ARMS: dict[str, type[Arm]] = {
     "as_shipped": AsShipped,
     "yoked": Replayed,
     "sham": Replayed,
+    "pooled": Replayed,
 }
+SECONDARY = ("as_shipped", "pooled")
+"""Reported, and part of no decision: the best loss of a seed is not looked for among them either."""
 OPEN = ("linear", "cosine", "wsd", "averaged", "schedule_free", "guards")
 """From which the comparator of H1 is taken."""
 CORE = ("linear", "wsd", "guards", "ours", "yoked", "sham")
 SOME = ("linear", "wsd", "greedy", "guards", "ours", "yoked", "sham")
-TUNED_AS_LINEAR = ("guards", "ours", "as_shipped", "yoked", "sham")
+TUNED_AS_LINEAR = ("guards", "ours", "as_shipped", "yoked", "sham", "pooled")
 
 
 def sham(factors: Sequence[float], plan: Sequence[float], seed: int) -> list[float]:

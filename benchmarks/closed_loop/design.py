@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 import mupace
-from closed_loop.arms import ARMS, CORE, PLANS, SOME, TUNED_AS_LINEAR, missing, sham
+from closed_loop.arms import ARMS, CORE, PLANS, SECONDARY, SOME, TUNED_AS_LINEAR, missing, sham
 from closed_loop.loop import FAULTS, OF_EVALUATIONS
 from closed_loop.tasks import FACTORS, TASKS
 
@@ -21,7 +23,7 @@ WIDE = (1 / 8, 1.0, 8.0)
 PRODIGY = (-3, -2, -1, 0, 1, 2, 3)
 SAME_RATES = {"shift": "source", "corrupted": "source"}
 """Tasks that take the tuned rates of another."""
-FOLLOWERS = ("yoked", "sham")
+FOLLOWERS = ("yoked", "sham", "pooled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,12 @@ def faults(*arms: str) -> Callable[[Rows], Iterator[Job]]:
     return jobs
 
 
+def factors_of(task: str) -> tuple[float, ...]:
+    return FACTORS if task in ("quadratic", "source") else WIDE
+
+
 BASELINES = tuple(a for a in ARMS if a not in ("ours", "as_shipped", *FOLLOWERS))
-CLOSED = ("ours", *FOLLOWERS)
+CLOSED = ("ours", "yoked", "sham")
 DECIDING = ("linear", "guards", *CLOSED)
 STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
     "tune": tuning("quadratic", "source"),
@@ -139,6 +145,8 @@ STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
     "shift": confirming("shift", DECIDING, SEEDS["other"], WIDE),
     "corrupted": confirming("corrupted", DECIDING, SEEDS["other"], WIDE),
     "source_others": confirming("source", BASELINES, SEEDS["source"]),
+    "pooled": confirming("source", ("pooled",), SEEDS["source"]),
+    "pooled_quadratic": confirming("quadratic", ("pooled",), SEEDS["quadratic"]),
     "as_shipped": confirming("source", ("as_shipped",), SEEDS["other"], WIDE),
     "source_core": confirming("source", CORE, SEEDS["core"]),
     "at_one_core": confirming("source", CORE, SEEDS["at_one"], (1.0,)),
@@ -146,19 +154,20 @@ STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
     "corrupted_all": confirming("corrupted", SOME, SEEDS["other"], WIDE),
     "tune_lora": tuning("lora"),
     "lora": confirming("lora", DECIDING, SEEDS["other"], WIDE),
-    "at_one_all": confirming("source", [a for a in ARMS if a != "as_shipped"], SEEDS["at_one"], (1.0,)),
+    "at_one_all": confirming("source", [a for a in ARMS if a not in SECONDARY], SEEDS["at_one"], (1.0,)),
 }
 
 
 def given(job: Job, rows: Rows) -> list[float] | None:
     """The rates of a follower, as factors of the peak; None while the run that it follows has not ended."""
     before = FIRST + 1 if job.seed == FIRST else job.seed - 1
-    seed = before if job.arm == "yoked" else job.seed
-    row = rows.get(Job(task=job.task, arm="ours", seed=seed, factor=job.factor).key)
-    if row is None:
+    seed = job.seed if job.arm == "sham" else before
+    wanted = factors_of(job.task) if job.arm == "pooled" else (job.factor,)
+    found = [rows.get(Job(task=job.task, arm="ours", seed=seed, factor=f).key) for f in wanted]
+    if None in found:
         return None
-    factors = [float(f) for f in row["factors"]]
-    if job.arm == "yoked":
-        return factors
-    plan = mupace.schedule(PLANS["linear"], total=f"{len(factors)} steps").updates().tolist()
-    return sham(factors, plan, job.seed * 1000 + round(job.factor * 8))
+    tracks = np.array([row["factors"] for row in found if row is not None])
+    if job.arm == "sham":
+        plan = mupace.schedule(PLANS["linear"], total=f"{tracks.shape[1]} steps").updates().tolist()
+        return sham(tracks[0], plan, job.seed * 1000 + round(job.factor * 8))
+    return [float(f) for f in np.exp(np.log(tracks).mean(0))]

@@ -239,7 +239,9 @@ def reading(step: int, state: State | None = None, **values: float) -> Reading:
     known |= {"paceable": 1.0, "loss": 1.0, "lr_sum": float(step), "plan_sum": float(step)}
     if state is not None:
         known |= {
-            f"trim.{source}.{k.rpartition('/')[0]}": f for source, mine in state["trims"].items() for k, f in mine.items()
+            f"trim.{source}.{k.rpartition('/')[0]}": f
+            for source, mine in state["trims"].items()
+            for k, f in mine.items()
         }
     dotted = {k.replace("__", "."): v for k, v in values.items()}
     on = "set" if "eval.loss" in dotted else None

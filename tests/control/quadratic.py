@@ -11,7 +11,13 @@ HESSIAN = np.geomspace(1.0, 1e-4, DIMENSIONS)
 
 
 def run(
-    steps: int, every: int, seed: int, rate: Callable[[int, float, float], float], *, lr: float = LR, memory: float = 0.98
+    steps: int,
+    every: int,
+    seed: int,
+    rate: Callable[[int, float, float], float],
+    *,
+    lr: float = LR,
+    memory: float = 0.98,
 ) -> list[tuple[int, float, float]]:
     """SGD on ½·wᵀHw with gradient noise of covariance σ²·H.
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import torch
-from loops import Doorman, Follower, Run, Steady
+import torch  # noqa: E402
+from loops import Doorman, Follower, Run, Steady  # noqa: E402
 
 OPTIONS = {"mode": "act", "bounds": (0.25, 4.0), "budget": 0.05, "horizon_steps": 30, "horizon_evals": 2, "evals": 15}
 

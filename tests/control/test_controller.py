@@ -249,10 +249,10 @@ def test_what_is_lost_late_or_of_another_set_is_no_evidence(tmp_path: Path) -> N
 def test_an_update_that_is_not_admitted_is_left_out_and_not_counted(tmp_path: Path) -> None:
     run = Run(policies=["doorman"], directory=tmp_path, **ACT)
     assert run.control is not None
-    run.before = lambda i: (_spoil(run, i))
+    run.before = lambda i: _spoil(run, i)
     run.to(60)
     assert run.pacer.clock.step == 58
-    assert [line for line in run.told if "is left out" in line][0].startswith("update 31 is left out")
+    assert next(line for line in run.told if "is left out" in line).startswith("update 31 is left out")
     admits = [a for r in rows(tmp_path) if r["type"] == "reading" for a in r.get("admits", ())]
     assert [a[3] for a in admits].count(False) == 2
     assert run.control.kept.state["policies"]["doorman"]["state"] == {"turned": 2, "seen": 60}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Follower, Run, Steady, rows
+from loops import Follower, Run, Steady, command, rows
 
 from mupace import ConfigError
 from mupace.control.options import Options
@@ -50,8 +50,10 @@ def test_act_stays_within_its_bounds() -> None:
         greedy = Steady(factor=factor, every=1, judged=False)
         run = Run(policies=[greedy], mode="act", bounds=(0.5, 2.0), change=(0.2, 5.0), slew=100.0).to(200)
         plan = Run().to(200)
-        ratios = [a / b for row, base in zip(run.rates, plan.rates, strict=True) for a, b in zip(row, base, strict=True)]
-        assert 0.5 * (1 - 1e-12) <= min(ratios)
+        ratios = [
+            a / b for row, base in zip(run.rates, plan.rates, strict=True) for a, b in zip(row, base, strict=True)
+        ]
+        assert min(ratios) >= 0.5 * (1 - 1e-12)
         assert max(ratios) <= 2.0 * (1 + 1e-12)
         edge = min(ratios) if factor < 1 else max(ratios)
         assert edge == pytest.approx(0.5 if factor < 1 else 2.0)
@@ -95,3 +97,13 @@ def test_a_policy_is_given_once() -> None:
         Run(policies=[Steady(), Steady(factor=2.0)])
     with pytest.raises(ConfigError, match="policy='nonesuch'"):
         Run(policies=["nonesuch"])
+
+
+@pytest.mark.parametrize("mode", ["observe", "advise"])
+def test_a_person_may_act_where_policies_may_not(mode: str) -> None:
+    run = Run(policies=POLICIES, mode=mode).to(40)
+    assert run.control is not None
+    run.control.command(command("scale", "head", 0.5))
+    run.to(60)
+    assert run.pacer.get_last_lr()[2] == 0.5 * run.pacer.planned_lr()[2]
+    assert run.pacer.get_last_lr()[:2] == run.pacer.planned_lr()[:2]

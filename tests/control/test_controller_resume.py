@@ -1,4 +1,4 @@
-"""300 updates are 150 and 150, to the bit: weights, decisions, log rows; wherever it is cut and however it is loaded."""
+"""300 updates are 150 and 150, to the bit: weights, decisions, log rows; wherever it is cut, however it is loaded."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def test_what_was_ordered_after_the_last_checkpoint_is_ordered_again(tmp_path: P
     assert second.control is not None
     assert second.control.kept.state["trims"]["manual"] == {"head/lr": 0.9}
     second.to(200)
-    assert second.control.kept.state["trims"]["manual"] == {"head/lr": 0.9 * 0.9}  # once, although it waits in two places
+    assert second.control.kept.state["trims"]["manual"] == {
+        "head/lr": 0.9 * 0.9
+    }  # once, although it waits in two places
     assert [(inbox.answer(i) or {})["status"] for i in (at_once, later)] == ["applied", "applied"]
     assert replay(tmp_path).same
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ proposals = st.tuples(
     st.sampled_from(["a", "b"]), st.sampled_from(["scale", "scale", "scale", "pace", "skip"]), targets, factors,
     st.booleans(), st.floats(-2, 2),
 )  # fmt: skip
-orders = st.sampled_from(["lock", "lock value", "unlock", "set", "scale", "scale", "bounds", "pause", "resume", "reset"])
+orders = st.sampled_from(
+    ["lock", "lock value", "unlock", "set", "scale", "scale", "bounds", "pause", "resume", "reset"]
+)
 events = st.one_of(
     st.tuples(st.just("read"), st.lists(proposals, max_size=3), st.floats(0.5, 2.0)),
     st.tuples(st.just("order"), orders, st.sampled_from(list(GROUPS)), st.floats(0.3, 3.0)),
@@ -106,7 +109,7 @@ def test_no_sequence_of_events_breaks_a_limit(sequence: list[Any]) -> None:
                         moves[g].append((step, math.log(o.factor)))
             assert o_pace(decision, options)
     window = max(options.every, math.ceil(options.budget * 1000))
-    assert all(b - a >= window for a, b in zip(judged, judged[1:], strict=False))
+    assert all(b - a >= window for a, b in itertools.pairwise(judged))
     for rows in moves.values():
         for i, (at, _) in enumerate(rows):
             recent = math.fsum(x for t, x in rows[: i + 1] if at - t < SLEW_UPDATES)
@@ -138,6 +141,6 @@ def test_slew_forgets_after_its_window() -> None:
     state, found = made.init(), []
     for step in (10, 20, 30, 1009, 1011, 1021):
         state, decision = made.decide(state, reading(step, state))
-        found.append([(o.what, o.why) for o in decision.outcomes][0])  # type: ignore[union-attr]
+        found.append(next((o.what, o.why) for o in decision.outcomes))  # type: ignore[union-attr]
     assert [what for what, _ in found] == ["applied", "applied", "refused", "refused", "applied", "applied"]
     assert found[2] == ("refused", "slew")

@@ -1,4 +1,4 @@
-"""The same decisions once more from the log, whatever happened to the run; and a log that was tampered with is found."""
+"""The same decisions once more from the log, whatever became of the run; a log that was tampered with is found."""
 
 from __future__ import annotations
 
@@ -101,7 +101,11 @@ def test_a_forger_who_rebuilds_the_chain_is_found_too(what: str, done: Path, tmp
     def change(seq: int, kind: str, body: dict[str, Any]) -> None:
         if touched:
             return
-        if what == "decision" and kind == "decision" and any(o["what"] == "applied" for o in body["decision"]["outcomes"]):
+        if (
+            what == "decision"
+            and kind == "decision"
+            and any(o["what"] == "applied" for o in body["decision"]["outcomes"])
+        ):
             body["decision"]["outcomes"][0]["factor"] = 0.5
         elif what == "reading" and kind == "reading" and "loss" in body["reading"]["values"] and seq > 20:
             body["reading"]["values"]["loss"] *= 3

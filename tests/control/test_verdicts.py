@@ -55,7 +55,9 @@ def test_a_rate_that_is_too_low_is_seen_to_gain_by_a_rise() -> None:
     assert np.mean(differences(2.0, 400, averaged=True, lr=0.05) > 0) >= 0.9
 
 
-def told(factor: float, horizon: int, *, averaged: bool, lr: float = 0.5, holds: float = 0.25) -> tuple[str, list[float]]:
+def told(
+    factor: float, horizon: int, *, averaged: bool, lr: float = 0.5, holds: float = 0.25
+) -> tuple[str, list[float]]:
     """Verdicts on many runs, a share of them held back as controls: the state of the policy, and its confidence."""
     sums, state, sure = fresh(), "probation", []
     for seed in range(40):

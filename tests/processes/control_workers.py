@@ -1,4 +1,4 @@
-"""What each process of test_control_ranks.py runs: `torchrun control_workers.py CASE DIRECTORY`; writes rank<r>.json."""
+"""What each process of test_control_ranks.py runs: `torchrun control_workers.py CASE DIR`; writes rank<r>.json."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "control"), str(Path(__file__).parents[1])]
 
-import torch
-import torch.distributed as dist
-from loops import Doorman, Follower, Steady, groups_of, network
-from torch.nn.parallel import DistributedDataParallel
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from loops import Doorman, Follower, Steady, groups_of, network  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-import mupace
-from mupace import Pacer
-from mupace.control.commands import Command
-from mupace.control.consensus import Consensus
-from mupace.control.controller import Controller
-from mupace.errors import MupaceError
+import mupace  # noqa: E402
+from mupace import Pacer  # noqa: E402
+from mupace.control.commands import Command  # noqa: E402
+from mupace.control.consensus import Consensus  # noqa: E402
+from mupace.control.controller import Controller  # noqa: E402
+from mupace.errors import MupaceError  # noqa: E402
 
 GLOBAL = 8  # sequences of a batch, over all ranks
 ACT: dict[str, Any] = {"mode": "act", "bounds": (0.25, 4.0), "budget": 0.05, "horizon_steps": 20, "horizon_evals": 2}
@@ -95,9 +95,7 @@ class Ranked:
 
 def same(directory: Path) -> dict[str, Any]:
     run = Ranked(directory)
-    run.control.command(
-        Command(op="scale", target="head", value=0.8, at=40, author="ada", reason="test", id="0" * 26)
-    )
+    run.control.command(Command(op="scale", target="head", value=0.8, at=40, author="ada", reason="test", id="0" * 26))
     return run.to(120).found()
 
 

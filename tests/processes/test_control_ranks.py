@@ -1,4 +1,4 @@
-"""A controller on several real processes: one decision, one set of rates; and where that is not so, everybody is told."""
+"""A controller on several real processes: one decision, one set of rates; where that is not so, all are told."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import loops  # registers the policies that are in the logs
 import pytest
 
 from mupace.control.rerun import replay
 
+assert loops.Follower.name == "follower"
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
 

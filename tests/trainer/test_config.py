@@ -69,6 +69,7 @@ SECTIONS = {
     "eval": ("evry", "every"),
     "checkpoint": ("kep", "keep"),
     "control": ("boundz", "bounds"),
+    "weights": ("sourcs", "sources"),
     "run": ("sed", "seed"),
 }
 

@@ -11,9 +11,10 @@ what the forecast is wrong by:
 
 n, Σx, Σx²: sums over the verdicts, halved every `half_life` of the run, so that confidence returns to ½ where nothing
 is learned; W: the squares around each arm's own mean, ν = Σ max(n − 1, 0) over the arms (s² is a mean under an
-inverse-gamma prior with a = b = 2: one verdict against one decides nothing). Where all effects are alike, applied or not, the confidence stays near ½, however far from 0 they
-are: a forecast that misses is nobody's merit. The priors have no source: this library's choice. The posterior of a
-normal mean: Murphy, Conjugate Bayesian analysis of the Gaussian distribution, 2007.
+inverse-gamma prior with a = b = 2: one verdict against one decides nothing). Where all effects are alike, applied or
+not, the confidence stays near ½, however far from 0 they are: a forecast that misses is nobody's merit. The priors have
+no source: this library's choice. The posterior of a normal mean: Murphy, Conjugate Bayesian analysis of the Gaussian
+distribution, 2007.
 """
 
 from __future__ import annotations

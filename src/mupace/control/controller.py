@@ -184,6 +184,8 @@ class Controller:
         self.kept.snapshot = self.pacer.clock.step
 
     def _tick(self, on: str | None = None) -> Decision | None:
+        # before anything is written: what a decision writes over would never be seen
+        self.consensus.digest(self.pacer.clock.step, self.pacer.names, self._in_optimizer("lr"))
         reading = self._reading(on)
         decision: Decision | None = None
         payload = b""

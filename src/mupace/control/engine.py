@@ -149,7 +149,7 @@ class Engine:
 
 
 def _branched(state: State) -> State:
-    """A state whose tables can be written to; what is in their rows is replaced, never changed, policies' states too."""
+    """A state whose tables can be written to; what is in their rows is replaced, never changed."""
     budget = state["budget"]
     return {
         **state,

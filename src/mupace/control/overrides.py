@@ -170,7 +170,8 @@ class _Override:
         return what
 
     def _reset(self) -> dict[str, Any]:
-        """All feedback on the groups back to 1, a person's own too."""
+        """All feedback on the groups back to 1, a person's own too, and their bounds gone; locks stay."""
+        self.state["bounds"] = {g: b for g, b in self.state["bounds"].items() if g not in self.groups}
         before = {g: total(self.state, g) for g in self.groups}
         self.moved |= set(self.groups)
         for source in sorted(self.state["trims"]):

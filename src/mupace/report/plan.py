@@ -251,7 +251,7 @@ def _floored(y: Floats, floor: float | None) -> Floats:
 
 
 def _stops(segments: list[_Segment]) -> list[float]:
-    return [*(s.start for s in segments[1:]), np.inf]
+    return [*(s.start for s in segments[1:]), np.inf] if segments else []
 
 
 def _evaluated(segments: list[_Segment], x: Floats) -> Floats:

@@ -430,7 +430,9 @@ def _one_line(error: ValidationError) -> ConfigError:
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, ConfigError):
         text = str(inner)
-        return ConfigError(text.replace("span=", f"{where}=", 1) if "span=" in text else f"{where}: {text}")
+        if "span=" in text:
+            return ConfigError(text.replace("span=", f"{where}=", 1))
+        return ConfigError(f"{where}: {text}" if where else text)  # of two sections: it names its keys itself
     if first["type"] == "missing":
         return ConfigError(f"{where}: missing; it is required")
     if first["type"] == "model_type":

@@ -163,7 +163,8 @@ def _sources(names: Sequence[str], patterns: Mapping[str, float]) -> _Indices:
 
 def _scores(corpus: Corpus, folder: Path) -> list[float]:
     """The complexity score of every document; 0, which changes nothing, for one that is white space alone."""
-    with _cache(folder) or nullcontext() as cache:
+    kept = _cache(folder)
+    with nullcontext() if kept is None else kept as cache:
         texts = (data.decode() for data in corpus.contents)
         return [0.0 if text.isspace() else score(text, cache=cache).score for text in texts]
 
