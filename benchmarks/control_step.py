@@ -67,9 +67,7 @@ def main() -> None:
             for acts in (False, True):
                 with tempfile.TemporaryDirectory() as directory:
                     off, on = measured(groups, directory if written else None, acts)
-                print(
-                    f"{groups:>8} {'yes' if written else 'no':>10} {'yes' if acts else 'no':>6} {off:>12.1f} {on:>12.1f}"
-                )
+                print(f"{groups:>8} {('no', 'yes')[written]:>10} {('no', 'yes')[acts]:>6} {off:>12.1f} {on:>12.1f}")
 
 
 if __name__ == "__main__":

@@ -61,8 +61,9 @@ def test_every_write_multiplies_back_to_what_is_in_the_optimizer(lr: Any, tmp_pa
 def test_a_scaled_llama_under_a_walked_schedule_multiplies_back() -> None:
     def made(width: int) -> LlamaConfig:
         return LlamaConfig(
-            vocab_size=32, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=width // 8,
-            num_key_value_heads=width // 8, max_position_embeddings=16, tie_word_embeddings=False,
+            vocab_size=32, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=width // 8, num_key_value_heads=width // 8, max_position_embeddings=16,
+            tie_word_embeddings=False,
         )  # fmt: skip
 
     torch.manual_seed(0)

@@ -187,3 +187,21 @@ def test_even_with_very_many_groups_and_commands_it_does() -> None:
     assert len(text.splitlines()) <= 45
     assert max(map(len, text.splitlines())) <= 110
     assert "more lines of groups" in text
+
+
+def test_a_kill_between_a_reading_and_its_decision_is_no_forgery(done: Path, tmp_path: Path) -> None:
+    found = rows(done)
+    at = next(i for i, r in enumerate(found) if r["type"] == "decision" and i > 10)
+
+    def written(name: str, kept: list[dict[str, Any]]) -> Path:
+        with Chain(tmp_path / name / "control" / "log.jsonl") as chain:
+            for row in kept:
+                body = {k: v for k, v in row.items() if k not in ("type", "seq", "prev", "hash")}
+                chain.append(row["type"], **body)
+        return tmp_path / name
+
+    assert found[at - 1]["type"] == "reading"
+    assert replay(written("killed", found[:at])).same
+    later = next(i for i in range(at + 2, len(found)) if found[i]["type"] == "reading")
+    removed = [*found[:at], *found[at + 1 : later + 1]]  # the control: one that was taken out of the middle
+    assert not replay(written("removed", removed)).same

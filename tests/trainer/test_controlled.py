@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from mupace.control import Command, replay
 from mupace.control.inbox import Inbox
-from mupace.errors import CheckpointError, ConfigError
+from mupace.control.rerun import readings_of
+from mupace.errors import CheckpointError, ConfigError, StateError
 from mupace.policies import Proposal, Reading, State, register_policy
 from mupace.record import Run
 from mupace.report import report
@@ -226,3 +227,53 @@ def test_a_run_can_get_a_controller_later() -> None:
     _, found = run(controlled(up=10))
     assert found.updates["feedback.matrix"][-1] == pytest.approx(0.8**0.5)
     assert replay("run").same
+
+
+def hopeless(mode: str, policies: list[str]) -> Any:
+    """A rate by which the first update already destroys the weights."""
+    control = {"mode": mode, "bounds": [0.5, 2.0], "every": "2 steps", "policies": policies}
+    return config(
+        60, control=control, optimizer__name="sgd", optimizer__lr=1e30, clip__norm="off", checkpoint__every="1 steps"
+    )
+
+
+def test_the_ladder_ends_a_run_that_is_lost() -> None:
+    result, found = run(hopeless("act", ["guard"]))
+    assert result.reason == "diverged"
+    asked = [
+        o["proposal"].get("kind", "scale")
+        for row in decisions(found)
+        for o in row["outcomes"]
+        if o["what"] == "applied"
+    ]
+    assert asked[-1] == "stop"
+    (bundle,) = Path("run/control").glob("incident-*-diverged")
+    assert {"README.txt", "findings.json"} <= {p.name for p in bundle.iterdir()}
+    assert replay("run").same
+
+
+def test_without_a_guard_it_ends_with_an_error_and_the_same_bundle() -> None:
+    with pytest.raises(StateError, match="the weights are lost"):
+        run(hopeless("observe", ["time"]))
+    assert list(Path("run/control").glob("incident-*-lost"))
+
+
+def test_a_probe_and_averaged_weights_change_nothing() -> None:
+    run(config(12, eval__every="4 steps"), "plain")
+    control = {"mode": "observe", "every": "2 steps", "policies": ["rate"], "probe": "3 steps"}
+    _, found = run(config(12, eval__every="4 steps", control=control), "probed")
+    assert same_weights("plain", "probed")
+    averaged = [row["averaged"] for row in found.evals]
+    assert len(averaged) == 3
+    assert averaged != [row["loss"] for row in found.evals]
+    readings, _ = readings_of("probed")
+    assert [r.step for r in readings if "headroom" in r.values] == [4, 6, 10, 12]
+
+
+def test_adaptive_clipping_resumes_to_the_bit() -> None:
+    c = config(12, clip={"norm": 1.0, "adaptive": "role", "quantile": 0.5}, checkpoint__every="5 steps")
+    run(c, "whole")
+    with pytest.raises(Crashed):
+        run(c, "broken", progress=crash_at(8))
+    run(c, "broken")
+    assert same_weights("whole", "broken")
