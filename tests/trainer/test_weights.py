@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import SOURCE, TINY, Crashed, config, crash_at, here, initial, run, weights
+from runs import SOURCE, TINY, Crashed, config, crash_at, here, initial, overflow, run, weights
 
 from mupace.cli import run as command
 from mupace.complexity import Bands, score
@@ -20,7 +20,7 @@ from mupace.record import read
 from mupace.trainer.compute import Compute
 from mupace.trainer.config import RunConfig
 from mupace.trainer.data import Sampler, read_corpus, split
-from mupace.trainer.loop import prepare
+from mupace.trainer.loop import Trainer, prepare
 from mupace.trainer.tokens import ByteTokenizer, HFTokenizer, document_ends, resolve_tokenizer
 from mupace.trainer.weights import REST, SCORES, owners
 from mupace.weighting import Composition, weighted_causal_loss
@@ -239,6 +239,21 @@ def test_the_controller_reads_what_the_data_was_made_of() -> None:
     assert len(set(read_values("run"))) > 1
     run(plain(12, batch__accumulate=2), "plain")
     assert same("run", "plain")  # with apply="lr" the loss is the plain one
+
+
+def test_data_of_a_skipped_update_is_not_counted() -> None:
+    c = weighted(4, control=control("observe"), run__precision="fp16", batch__micro=4)
+    parts = prepare(c)
+    known = parts.data.weights
+    assert known is not None
+    overflow(parts, "model.embed_tokens.weight", at=3)
+    Trainer(parts, Path("run"), lambda row: None).run()
+    sampler = Sampler(len(parts.data.train), batch=4, seed=0)
+    batches = [known.raw[next(sampler)].mean() for _ in range(5)]
+    ((quality, _),) = read_values("run")
+    assert read("run").updates["skipped"].tolist() == [False, False, True, False, False]
+    assert quality == pytest.approx(np.mean([batches[i] for i in (0, 1, 3, 4)]))
+    assert quality != pytest.approx(np.mean(batches))  # the control
 
 
 def test_a_run_of_one_weak_source_is_slowed_down() -> None:

@@ -17,8 +17,8 @@ class Outcome:
         proposal: as the policy made it (`Proposal.to_dict`).
         what: `applied`, `advised` or `observed` (by mode), `held` (kept back as a control), `refused`.
         factor: the factor that was applied after confidence, slew and bounds; 1 where it was not.
-        why: a code for what was refused or reduced: `budget`, `off`, `locked`, `paused`, `bounds`, `slew`, `headroom`,
-            `payback`, `snapshot`, `conflict`, `no_group`, `small`, `confidence`.
+        why: a code for what was refused or reduced: `budget`, `off`, `locked`, `paused`, `bounds`, `slew`, `change`,
+            `headroom`, `payback`, `snapshot`, `conflict`, `no_group`, `ended`, `small`, `confidence`.
         groups: whose rate it moves.
         coin: the number in [0, 1) that was drawn for it; below `holds` it is held.
         confidence: of the policy on that target when it was decided.

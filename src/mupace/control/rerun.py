@@ -194,7 +194,8 @@ class _Walk:
         self.state: State = self.engine.init()
         self.curve = Curve.from_dict(row["curve"])
         self.sum, self.seen = 0.0, 0
-        self.known: list[tuple[int, State]] = [(0, self.state)]
+        self.told = 0  # admits of the next reading that the state has already, after a resume
+        self.known: list[tuple[int, State, int]] = [(0, self.state, 0)]
 
     @property
     def other(self) -> bool:
@@ -211,15 +212,17 @@ class _Walk:
             if row["type"] == "reading":
                 yield row["seq"], self._read(row)
                 if row["seq"] in self.needed:
-                    self.known.append((row["seq"], self.state))
+                    self.known.append((row["seq"], self.state, 0))
             elif row["type"] in ("resume", "rollback"):
                 self._taken_up(row)
+                self.known.append((row["seq"], self.state, self.told))
             elif row["type"] == "open":
                 self._begin(row)
 
     def _read(self, row: Mapping[str, Any]) -> Decision | None:
         self.readings += 1
-        self._admitted(row.get("admits", ()))
+        self._admitted(row.get("admits", ())[self.told :])
+        self.told = 0
         reading = Reading.from_dict(row["reading"])
         self._count(reading)
         commands = [Command.from_dict(c) for c in row.get("commands", ())]
@@ -247,18 +250,18 @@ class _Walk:
         """A resume or a rollback: the state that it takes up must be the one that the log leads to."""
         if self.other:  # another policy goes on with what it has
             return
-        self._admitted(row.get("dropped", ()))
+        self._admitted(row.get("dropped", ())[self.told :])
         now = self.state if row["type"] == "rollback" else None
         self.engine = self._engine(row["describe"])
-        there = next((s for seq, s in reversed(self.known) if seq <= row["from"]), self.engine.init())
-        self.state = there
-        self._admitted(row["admits"])
+        there = next(((s, told) for seq, s, told in reversed(self.known) if seq <= row["from"]), None)
+        self.state, told = there or (self.engine.init(), 0)
+        self._admitted(row["admits"][told:])
         led = merged(self.engine.init(), self.state, now)
         if _bytes(led) == _bytes(row["state"]):
             self.restored += 1
         else:
             self.foreign.append(row["seq"])
-        self.state = json.loads(_bytes(row["state"]))
+        self.state, self.told = json.loads(_bytes(row["state"])), len(row["admits"])
 
 
 def _by_reading(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
