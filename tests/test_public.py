@@ -91,11 +91,11 @@ def test_version_is_in_the_changelog() -> None:
     assert f"## [{mupace.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_readme_runs() -> None:
+def test_the_readme_runs(tmp_path: Path) -> None:
     """The README's Python, on a real model: the names it leaves to the reader are given."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    first, second, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, second, _, fourth = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     import torch
 
     config = LlamaConfig(
@@ -107,6 +107,9 @@ def test_the_readme_runs() -> None:
     scope = {"model": model, "loss": model(input_ids=ids, labels=ids).loss}
     exec(first, scope)
     assert scope["pacer"].clock.step == 1
+    given = {"valid_loss": 3.0, "loss": scope["loss"].detach()}
+    exec(fourth.replace("runs/a", str(tmp_path)), {**scope, **given})
+    assert scope["pacer"].clock.step == 2  # the guard admitted the update
     sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 8}
     large = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), **sizes, "head_dim": 64}))
     exec(second, {**scope, "model": large})
@@ -119,7 +122,7 @@ def test_the_readme_grows_a_checkpoint(tmp_path: Path) -> None:
 
     from mupace.trainer import checkpoint
 
-    *_, third = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    *_, third, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,

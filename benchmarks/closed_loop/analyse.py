@@ -266,6 +266,8 @@ def fourth(r: Results) -> tuple[bool | None, list[str]]:
     for other in ("linear", "ours"):
         if d := paired(shipped, r.means("source", other, WIDE)):
             out.append(f"source     as_shipped − {other} at 1/8, 1, 8: {interval(d)}, {len(d)} seeds")
+    if d := paired(r.means("source", "ours_wsd", FACTORS), r.means("source", "wsd", FACTORS)):
+        out.append(f"source     ours_wsd − wsd {interval(d)}, {len(d)} seeds, p {sign_flip(d):.4f}")
     need = {5: 3, 4: 3, 3: 2}.get(ran)
     out.append(f"ours better than yoked on {wins} of {ran} tasks; needed {'more tasks' if need is None else need}")
     return (need is not None and wins >= need) if ran else None, out

@@ -411,6 +411,12 @@ class Ours(Arm):
         return {"decisions": applied, "outcomes": counts, "code": code()}
 
 
+class OnWsd(Ours):
+    """The same on the plan of `wsd`."""
+
+    plan = "wsd"
+
+
 class AsShipped(Ours):
     """The Controller with every option and interval as by default, headroom not measured."""
 
@@ -431,17 +437,22 @@ ARMS: dict[str, type[Arm]] = {
     "guards": Guards,
     "ours": Ours,
     "as_shipped": AsShipped,
+    "ours_wsd": OnWsd,
     "yoked": Replayed,
     "sham": Replayed,
     "pooled": Replayed,
 }
-SECONDARY = ("as_shipped", "pooled")
+SECONDARY = ("as_shipped", "ours_wsd", "pooled")
 """Reported, and part of no decision: the best loss of a seed is not looked for among them either."""
 OPEN = ("linear", "cosine", "wsd", "averaged", "schedule_free", "guards")
 """From which the comparator of H1 is taken."""
 CORE = ("linear", "wsd", "guards", "ours", "yoked", "sham")
 SOME = ("linear", "wsd", "greedy", "guards", "ours", "yoked", "sham")
-TUNED_AS_LINEAR = ("guards", "ours", "as_shipped", "yoked", "sham", "pooled")
+TUNED_AS = {
+    **dict.fromkeys(("guards", "ours", "as_shipped", "yoked", "sham", "pooled"), "linear"),
+    "ours_wsd": "wsd",
+}
+"""Arms that are not tuned, and whose rate they take."""
 
 
 def sham(factors: Sequence[float], plan: Sequence[float], seed: int) -> list[float]:

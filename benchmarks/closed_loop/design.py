@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import mupace
-from closed_loop.arms import ARMS, CORE, PLANS, SECONDARY, SOME, TUNED_AS_LINEAR, missing, sham
+from closed_loop.arms import ARMS, CORE, PLANS, SECONDARY, SOME, TUNED_AS, missing, sham
 from closed_loop.loop import FAULTS, OF_EVALUATIONS
 from closed_loop.tasks import FACTORS, TASKS
 
@@ -62,7 +62,7 @@ def usable(arms: Iterable[str]) -> list[str]:
 
 def tuned_arms(task: str) -> list[str]:
     arms = ARMS if task in ("quadratic", "source") else SOME
-    return [a for a in usable(arms) if a not in TUNED_AS_LINEAR]
+    return [a for a in usable(arms) if a not in TUNED_AS]
 
 
 def grid(task: str, arm: str, rows: Rows) -> list[int]:
@@ -88,7 +88,7 @@ def mean_score(task: str, arm: str, exponent: int, rows: Rows) -> float | None:
 def tuned(task: str, arm: str, rows: Rows) -> int | None:
     """The exponent of the tuned rate; None while tuning is not done."""
     task = SAME_RATES.get(task, task)
-    arm = "linear" if arm in TUNED_AS_LINEAR else arm
+    arm = TUNED_AS.get(arm, arm)
     scores = {e: mean_score(task, arm, e, rows) for e in grid(task, arm, rows)}
     if None in scores.values():
         return None
@@ -130,7 +130,7 @@ def factors_of(task: str) -> tuple[float, ...]:
     return FACTORS if task in ("quadratic", "source") else WIDE
 
 
-BASELINES = tuple(a for a in ARMS if a not in ("ours", "as_shipped", *FOLLOWERS))
+BASELINES = tuple(a for a in ARMS if a not in ("ours", *SECONDARY, *FOLLOWERS))
 CLOSED = ("ours", "yoked", "sham")
 DECIDING = ("linear", "guards", *CLOSED)
 STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
@@ -147,6 +147,7 @@ STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
     "source_others": confirming("source", BASELINES, SEEDS["source"]),
     "pooled": confirming("source", ("pooled",), SEEDS["source"]),
     "pooled_quadratic": confirming("quadratic", ("pooled",), SEEDS["quadratic"]),
+    "ours_wsd": confirming("source", ("ours_wsd",), SEEDS["source"]),
     "as_shipped": confirming("source", ("as_shipped",), SEEDS["other"], WIDE),
     "source_core": confirming("source", CORE, SEEDS["core"]),
     "at_one_core": confirming("source", CORE, SEEDS["at_one"], (1.0,)),

@@ -68,9 +68,13 @@ class Trim:
 
     def value(self, planned: float, update: int) -> float:
         """What is written at `update`, where the plan says `planned`."""
+        return self.limited(planned, self.factor(update))
+
+    def limited(self, planned: float, factor: float) -> float:
+        """`planned` times a factor, inside the limits; the held value under a lock."""
         if self.held is not None:
             return self.held
-        value = planned * self.factor(update)
+        value = planned * factor
         if self.low is not None:
             value = max(value, min(planned, self.low))
         return value if self.high is None else min(value, self.high)

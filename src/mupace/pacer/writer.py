@@ -73,8 +73,9 @@ class Writer:
             for name, c in fields.items()
             if name in spec.base
         ]
-        trimmed = [(i, trims[spec.name, "lr"]) for i, spec in enumerate(specs) if (spec.name, "lr") in trims]
-        self._trims = trimmed
+        mine = ((i, trims.get((spec.name, "lr"))) for i, spec in enumerate(specs))
+        # with the update from which a trim's ramp is over, and its factor from there on
+        self._trims = [(i, t, t.at + t.ramp, t.factor(t.at + t.ramp)) for i, t in mine if t is not None]
         self._field_trims = {
             (i, name): trims[spec.name, name]
             for i, spec in enumerate(specs)
@@ -129,8 +130,9 @@ class Writer:
     def _write_trimmed(self, groups: Sequence[Group], factors: list[float], update: int) -> dict[int, float]:
         """Write the rates of the groups that have feedback over what was planned for them."""
         out = {}
-        for i, trim in self._trims:
-            out[i] = value = trim.value(self._peaks[i] * factors[self._lane_of[i]], update)
+        for i, trim, settled, last in self._trims:
+            factor = last if update >= settled else trim.factor(update)
+            out[i] = value = trim.limited(self._peaks[i] * factors[self._lane_of[i]], factor)
             view = self.tensors.views.get(i)
             if view is None:
                 groups[i]["lr"] = value

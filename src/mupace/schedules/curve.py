@@ -7,6 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -269,11 +270,15 @@ class Curve:
         schedule, horizon = Schedule.from_dict(state["schedule"]), Horizon.from_dict(state["horizon"])
         return cls(schedule, horizon, state.get("floor"), state.get("walk", ()))
 
+    @cached_property
+    def _text(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Curve) and self.to_dict() == other.to_dict()
+        return self is other or (isinstance(other, Curve) and self._text == other._text)
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True))
+        return hash(self._text)
 
     def __repr__(self) -> str:
         return f"Curve({str(self.schedule)!r}, total={str(self.horizon.total)!r})"
