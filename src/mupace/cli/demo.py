@@ -287,7 +287,7 @@ def _explain(result: Result, page: Path, config: Path) -> None:
     taken = np.stack(list(run.lr.values()))
     worst = max(t.deviation or 0.0 for t in traces(run))
     at = [row["step"] for row in run.of_type("resume")]
-    resumed = f"; killed, and resumed at update {at[-1]}" if at else ""
+    resumed, included = (f"; killed, and resumed at update {at[-1]}", ", kill and resume included") if at else ("", "")
     bits, tokens = result.bits_per_byte or float("nan"), int(run.updates["token"][-1])
     begun = run.of_type("start")[-1]
     before, first = begun.get("source", {}).get("loss", float("nan")), proxy.updates["loss"][0]
@@ -304,7 +304,7 @@ def _explain(result: Result, page: Path, config: Path) -> None:
    loss {first:.3f} -> {losses[-1]:.3f} nats per token. A uniform guess over 256 bytes costs ln 256 = 5.545.
    validation: {bits:.3f} bits per byte on text the model has not seen (8 is a uniform guess; zlib needs about 2).
    learning rate: {taken.max():.4g} at the peak, {taken[:, -1].max():.2g} in the last update. The rates taken differ
-   from the plan times the feedback by at most {worst:.1g} of the peak{", the kill and the resume included" if at else ""}.
+   from the plan times the feedback by at most {worst:.1g} of the peak{included}.
    controller: {facts(run) or "none"}
    replay:     {replay(result.directory)}   (mupace replay {result.directory})
 

@@ -40,8 +40,8 @@ class RatePolicy:
     Without a trial, where the update is so short that none is needed: the median of the last 4 `headroom` is at least
     `far`, that of the last 4 cos(g, m), which must be known, at least 0.2, and the loss falls significantly (score
     below −`enter` over 8 readings or more). Asked again once as many more are there. A 35k Llama with AdamW had a
-    headroom of 22 to 64 and cosines of 0.2 to 0.9 at an eighth of its best rate, of 3 to 6 and about −0.05 at it (tuning
-    runs of benchmarks/closed_loop).
+    headroom of 22 to 64 and cosines of 0.2 to 0.9 at an eighth of its best rate, of 3 to 6 and about −0.05 at it
+    (tuning runs of benchmarks/closed_loop).
 
     Down by `down`: `headroom` below 1 in `most` of the last `last` readings; or, with `turning` and where `cos` is
     known, cos < 0 in as many and an autocorrelation of the loss's differences below −0.3. That is off by default: the
