@@ -98,7 +98,8 @@ class Decision:
     @property
     def acted(self) -> bool:
         """Whether anything in the run changes by it."""
-        return self.pace is not None or bool(self.asks) or any(o.what == "applied" for o in self.outcomes)
+        said = any(told.get("status") == "applied" for told in self.commands)
+        return said or self.pace is not None or bool(self.asks) or any(o.what == "applied" for o in self.outcomes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
