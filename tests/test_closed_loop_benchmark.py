@@ -170,6 +170,16 @@ def test_runs_are_paired_and_repeat(bench: Any) -> None:
     assert loop.run(task, "yoked", 0.25, 5, given=factors)["loss"] == found["linear"]["loss"]
 
 
+def test_ours_is_linear_until_it_decides(bench: Any) -> None:
+    task, loop = bench("tasks").TASKS["quadratic"], bench("loop")
+    tuned, high = ((loop.run(task, "ours", lr, 1), loop.run(task, "linear", lr, 1)) for lr in (0.5, 4.0))
+    assert tuned[0]["decisions"] == 0
+    assert tuned[0]["loss"] == tuned[1]["loss"]
+    assert high[0]["decisions"] > 0
+    assert high[0]["loss"] != high[1]["loss"]
+    assert len(high[0]["factors"]) == task.steps
+
+
 def test_a_failure_scores_as_knowing_nothing(bench: Any) -> None:
     task = replace(bench("tasks").TASKS["quadratic"], steps=60, clip=math.inf)
     row = bench("loop").run(task, "averaged", 64.0, 5)

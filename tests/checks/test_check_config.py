@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mupace.checks import ITEMS, PLAN_ITEMS, Report, check_config
+from mupace.checks import CONTROL_ITEMS, ITEMS, PLAN_ITEMS, Report, check_config
 from mupace.checks.logged import missing
 from mupace.errors import ConfigError, DataError
 from mupace.trainer.config import RunConfig
@@ -231,7 +231,7 @@ def test_nothing_is_left_behind(text: Path, tmp_path: Path, monkeypatch: pytest.
 def test_the_page_describes_every_item() -> None:
     page = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
-    assert rows == [*NAMES, *(name for name, _, _ in PLAN_ITEMS)]
+    assert rows == [*NAMES, *(name for name, _, _ in (*PLAN_ITEMS, *CONTROL_ITEMS))]
 
 
 def test_a_report_is_read_and_kept(text: Path) -> None:

@@ -222,3 +222,13 @@ def test_a_writer_killed_at_any_time_leaves_a_chain(tmp_path: Path) -> None:
         rows = read(path, through=(row["seq"], row["hash"]))
         assert [r["seq"] for r in rows] == list(range(1, len(rows) + 1))
         seen = len(rows)
+
+
+def test_a_log_that_is_taken_away_is_missed(log: Path) -> None:
+    with Chain(log) as chain:
+        chain.append("decision", step=60)
+        log.rename(log.with_suffix(".moved"))  # a move keeps the file: the control
+        chain.append("decision", step=70)
+        log.with_suffix(".moved").unlink()
+        with pytest.raises(StateError, match="was removed or replaced while this process wrote to it"):
+            chain.append("decision", step=80)

@@ -75,3 +75,13 @@ def test_the_states_of_a_policy() -> None:
     assert status("active", fresh()) == "probation"
     few = after([-3.0, -3.0], [3.0, 3.0])
     assert status("probation", few) == "probation"  # two verdicts put nobody off
+
+
+def test_as_verdicts_fade_at_once_trust_takes_three_of_them() -> None:
+    sums, state, seen = fresh(), "probation", []
+    about = {"policy": "p", "target": "all", "step": 1, "direction": 1, "accepted": True}
+    for _ in range(3):
+        sums = faded(learned(sums, Verdict(**about, applied=True, effect=3.0)), 0.02, 0.5)
+        state = status(state, sums)
+        seen.append((state, confidence(sums) >= 0.8))
+    assert seen == [("probation", False), ("probation", True), ("active", True)]

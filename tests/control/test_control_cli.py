@@ -42,10 +42,14 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+def _app() -> App:
     app = App(print_error=False, exit_on_error=False)
     app.default(control)
-    code = app([str(a) for a in arguments], result_action="return_value")
+    return app
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = _app()([str(a) for a in arguments], result_action="return_value")
     return code, capsys.readouterr().out
 
 
@@ -98,6 +102,17 @@ def test_status_in_one_screen(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "\x1b" not in out
     code, out = call(capsys, run, "status", "--json")
     assert {**json.loads(out), "age": 0} == {**STATUS, "age": 0}
+
+
+def test_a_run_that_has_ended_is_told_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said() -> str:
+        _app()([str(run), "stop", *WHY, "--wait", "0"], result_action="return_value")
+        return capsys.readouterr().err
+
+    assert "has ended" not in said()
+    Inbox(run).write_status({**STATUS, "running": False})
+    assert "mode act; ended; " in call(capsys, run)[1]
+    assert "the run has ended: the command waits for its next start" in said()
 
 
 VERBS: dict[str, tuple[list[str], dict[str, Any]]] = {

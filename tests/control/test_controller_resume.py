@@ -145,3 +145,26 @@ def test_a_resume_does_give_it_back(tmp_path: Path) -> None:
     assert second.control is not None
     assert run.control is not None
     assert second.control.kept.state["budget"] != run.control.kept.state["budget"]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_log_that_lacks_what_the_checkpoint_saw_is_told(cut: bool, tmp_path: Path) -> None:
+    run = made(tmp_path).to(50)
+    state = run.state()
+    run.control.close()  # type: ignore[union-attr]
+    log = tmp_path / "control" / "log.jsonl"
+    if cut:
+        log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))
+    second = made(tmp_path).load(state).to(60)
+    told = [line for line in second.told if "ends with row 3: rows up to" in line]
+    assert len(told) == cut
+    assert replay(tmp_path).same == (not cut)
+
+
+def test_the_status_says_that_nobody_decides_any_more(tmp_path: Path) -> None:
+    run = made(tmp_path).to(55)
+    assert run.control is not None
+    assert Inbox(tmp_path).read_status()[0]["running"] is True
+    run.control.close()
+    status, _ = Inbox(tmp_path).read_status()
+    assert (status["running"], status["clock"]["step"]) == (False, 55)

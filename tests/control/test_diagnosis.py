@@ -169,6 +169,15 @@ def test_slope_and_alternation_of_what_is_known() -> None:
     assert alternation(np.tile([1.0, -1.0], 16)) < -0.9
 
 
+def test_a_slope_and_its_t_are_those_of_least_squares() -> None:
+    x, y = np.arange(9.0), 0.1 * np.arange(9.0) + np.random.default_rng(2).standard_normal(9)
+    design = np.stack([np.ones_like(x), x], axis=1)
+    fitted = np.linalg.solve(design.T @ design, design.T @ y)
+    variance = float(np.sum((y - design @ fitted) ** 2)) / (9 - 2)
+    error = math.sqrt(variance * np.linalg.inv(design.T @ design)[1, 1])
+    assert slope(y) == (pytest.approx(fitted[1]), pytest.approx(fitted[1] / error))
+
+
 def test_a_spike_that_is_over_is_no_explosion() -> None:
     rows = change(quiet(), range(70, 73), grad_norm=40.0)
     assert "exploding_gradients" not in names(diagnose(readings(rows)))
@@ -270,3 +279,11 @@ def test_a_real_float16_overflow() -> None:
         scaler.update()
         out.append(Reading(clock=Clock(step=i), values={"loss_scale": scaler.get_scale()}))
     assert names(diagnose(out)) == ["loss_scale_collapse"]
+
+
+def test_norms_that_exploded_between_two_readings_are_seen_by_their_median() -> None:
+    """A run that is lost at once has few readings."""
+    first: dict[str, Any] = {"loss": 5.0, "grad_norm": 40.0, "grad_norm_p50": 40.0}
+    lost = {"loss": math.nan, "grad_norm": 4e18, "grad_norm_p50": 200.0}
+    assert names(diagnose(readings([first, lost]))) == ["exploding_gradients"]
+    assert names(diagnose(readings([first, {**lost, "grad_norm": 300.0}]))) == ["nonfinite_loss"]

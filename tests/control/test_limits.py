@@ -144,3 +144,19 @@ def test_slew_forgets_after_its_window() -> None:
         found.append(next((o.what, o.why) for o in decision.outcomes))  # type: ignore[union-attr]
     assert [what for what, _ in found] == ["applied", "applied", "refused", "refused", "applied", "applied"]
     assert found[2] == ("refused", "slew")
+
+
+def test_a_persons_range_holds_up_only_what_leads_out_of_it() -> None:
+    outcomes = {}
+    for factor in (0.8, 1.25):
+        made = Engine(
+            Options(mode="act", bounds=(0.1, 10.0)), (Told(said=[("a", "scale", "head", factor, False, 0.0)]),), GROUPS
+        )
+        for edge in ((0.005, 0.01), (0.01, 0.02), (0.005, 0.02)):
+            state = {**made.init(), "bounds": {"head": list(edge)}}
+            _, decision = made.decide(state, reading(10, state, **{"lr.head": 0.01}))
+            assert decision is not None
+            outcomes[factor, edge] = (decision.outcomes[0].what, decision.outcomes[0].why)
+    refused = {key for key, found in outcomes.items() if found == ("refused", "bounds")}
+    assert refused == {(1.25, (0.005, 0.01)), (0.8, (0.01, 0.02))}
+    assert {found[0] for key, found in outcomes.items() if key not in refused} == {"applied"}

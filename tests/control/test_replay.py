@@ -18,8 +18,12 @@ from loops import Follower, Run, Steady, command, plain, rows
 from replay_worker import made
 
 from mupace.control.chain import Chain
+from mupace.control.decisions import Decision
 from mupace.control.rerun import explain, replay, what_if
+from mupace.control.show import screen
 from mupace.errors import CheckpointError, ConfigError
+from mupace.policies import Reading
+from mupace.units import Clock
 
 WORKER = Path(__file__).with_name("replay_worker.py")
 
@@ -159,6 +163,7 @@ def test_explain_fits_on_a_screen(done: Path) -> None:
             assert max(map(len, lines)) <= 110
     last = explain(done)
     assert "proposed" in last
+    assert "phased in over the next 7 updates" in last
     assert "written" in last
     assert " x follower " in last
     with pytest.raises(ConfigError, match=r"decision 999 is not on record; legal are 1 to \d+"):
@@ -205,3 +210,13 @@ def test_a_kill_between_a_reading_and_its_decision_is_no_forgery(done: Path, tmp
     later = next(i for i in range(at + 2, len(found)) if found[i]["type"] == "reading")
     removed = [*found[:at], *found[at + 1 : later + 1]]  # the control: one that was taken out of the middle
     assert not replay(written("removed", removed)).same
+
+
+def test_explain_reads_the_run_before_its_roles() -> None:
+    roles = {f"cos.{name}": 0.1 for name in map(str, range(100))}
+    seen = Reading(clock=Clock(step=10), values={"loss": 2.5, "eval.loss": 2.25, "headroom": 3.5, **roles})
+    decision = Decision(id=1, step=10, reason="looked")
+    text = screen(decision, seen, None)
+    for words in ("loss 2.5", "eval.loss 2.25", "headroom 3.5"):
+        assert words in text
+    assert "…" in text

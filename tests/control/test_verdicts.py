@@ -12,8 +12,9 @@ from quadratic import run
 from mupace.control.confidence import confidence, fresh, learned, status
 from mupace.control.engine import Engine
 from mupace.control.options import Options
-from mupace.control.verdicts import effect_of
+from mupace.control.verdicts import effect_of, fallen_due
 from mupace.policies import Reading, Verdict
+from mupace.policies.fits import expected_curve, inflation, normal_score
 
 EVERY, AT = 20, 600
 
@@ -144,3 +145,38 @@ def test_advice_is_not_judged() -> None:
     assert decision is not None
     assert decision.outcomes[0].what == "advised"
     assert state["due"] == []
+
+
+def test_accepted_is_what_was_applied_and_beats_the_controls() -> None:
+    options, rng = Options(mode="act", bounds=(0.1, 4.0)), np.random.default_rng(1)
+    evals = [[10 * i, 10.0 * i, 10.0 * i, 2 + 8 * (10.0 * i) ** -0.4, None] for i in range(1, 61)]
+    for row in evals:
+        row[3] += 1e-3 * rng.standard_normal() - (0.002 if row[0] > 400 else 0.0)
+    due = {"policy": "p", "target": "all", "step": 400, "direction": 1, "spent": 400.0, "planned": 400.0, "gain": 1.0}
+    accepted = {}
+    for controls in ([0.0, 0.0, 0.0], [4.0, 9.6, 23.04], [4.0, -9.6, 23.04]):
+        for applied in (True, False):
+            state = Engine(options, (Steady(),), GROUPS).init() | {"evals": evals}
+            state["policies"]["p"] = {"confidence": {"all": {"applied": [0.0] * 3, "held": controls}}}
+            state["due"] = [{**due, "due": 600, "applied": applied}]
+            (verdict,) = fallen_due(state, reading(600), options)
+            assert 1.0 < verdict.effect < 1.0 + 2.4  # beyond one standard error, not beyond one and the controls' mean
+            accepted[applied, controls[1]] = verdict.accepted
+    assert {key for key, good in accepted.items() if good} == {(True, 0.0), (True, -9.6)}
+
+
+def test_an_effect_that_rests_on_few_evaluations_counts_less() -> None:
+    rng = np.random.default_rng(3)
+    sums = [100.0 * i for i in range(1, 19)]
+    losses = [2 + 8 * s**-0.4 + 1e-3 * rng.standard_normal() - (0.02 if s > 800 else 0.0) for s in sums]
+    found = effect_of(
+        [[round(s), s, s, y, None] for s, y in zip(sums, losses, strict=True)],
+        {"step": 800, "spent": 800.0, "planned": 800.0, "gain": 1.0},
+    )
+    first = next(i for i, s in enumerate(sums) if s >= 200)  # the last three quarters of what was spent
+    curve = expected_curve(sums[first:8], losses[first:8])
+    assert curve is not None
+    late = slice(13, 18)
+    scores = (curve.predict(sums[late]) - losses[late]) / curve.standard_error(sums[late])
+    assert found == pytest.approx(normal_score(float(scores.mean()), (7 - 3) / inflation(curve.rho)))
+    assert 0 < found < 0.9 * float(scores.mean())  # the control: taken for a normal deviate it would be more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -121,6 +122,36 @@ def test_the_stated_error_of_a_forecast_covers_what_comes() -> None:
     assert narrow / 300 < 0.7  # an error three times too small is seen
 
 
+def test_the_error_of_a_forecast_is_its_slow_twin() -> None:
+    """From derivatives taken numerically: all three parameters have an error, and a new measurement its own noise."""
+    y = law(S) + 0.01 * np.random.default_rng(15).standard_normal(S.size)
+    curve = expected_curve(S, y)
+    assert curve is not None
+
+    def slopes(sums: Any) -> Any:
+        at = np.array([curve.floor, curve.gain, curve.alpha])
+        h = 1e-6 * at
+
+        def value(p: Any) -> Any:
+            return p[0] + p[1] * (sums / curve.unit) ** -p[2]
+
+        return np.stack([(value(at + h * e) - value(at - h * e)) / (2 * h @ e) for e in np.eye(3)], axis=1)
+
+    residuals = y - curve.predict(S)
+    size = np.abs(residuals)
+    weights = np.minimum(1.0, 1.345 * 1.4826 * np.sort(size)[size.size // 2] / size)
+    variance = float(weights @ residuals**2) / (float(weights.sum()) - 3)
+    x, far = slopes(S), np.array([1.1, 1.5, 3.0]) * S[-1]
+    spread = variance * inflation(lag1(weights * residuals, 3)) * np.linalg.inv(x.T @ (weights[:, None] * x))
+    expected = slopes(far) @ spread @ slopes(far).T
+    assert curve.sd == pytest.approx(math.sqrt(variance), rel=1e-9)
+    assert curve.covariance(far) == pytest.approx(expected, rel=1e-3)
+    assert curve.standard_error(far) == pytest.approx(np.sqrt(variance + np.diagonal(expected)), rel=1e-3)
+    two = x[:, :2]  # the control: α taken for known
+    known = slopes(far)[:, :2] @ np.linalg.inv(two.T @ (weights[:, None] * two)) @ slopes(far)[:, :2].T
+    assert np.all(np.diagonal(expected) > 2 * variance * np.diagonal(known))
+
+
 def test_a_trend_is_its_slow_twin() -> None:
     rng = np.random.default_rng(3)
     for _ in range(20):
@@ -228,6 +259,42 @@ def test_a_mean_and_its_score() -> None:
     assert np.mean([f is not None and f[1] > 2.5 for f in found]) > 0.9
     still = [mean_score(0.01 * rng.standard_normal(12)) for _ in range(500)]
     assert np.mean([abs(f[1]) > 1.96 for f in still if f is not None]) < 0.08
+
+
+def test_a_mean_score_is_its_slow_twin() -> None:
+    rng, widened = np.random.default_rng(16), 0
+    for _ in range(40):
+        y = 0.3 + noise(rng, 12, 0.7)
+        mean, off = sum(y) / 12, y - sum(y) / 12
+        rho = sum(a * b for a, b in itertools.pairwise(off)) / sum(off * off)
+        rho = min(0.99, rho + (1 + 4 * rho) / 12)
+        wide = max(1.0, (1 + rho) / (1 - rho))
+        t = mean / math.sqrt(sum(off * off) / 11 * wide / 12)
+        expected = normal_score(t, 11 / wide) if 11 / wide >= 1 else 0.0
+        assert mean_score(y) == (pytest.approx(mean), pytest.approx(expected))
+        widened += wide > 2
+    assert widened > 10
+
+
+def test_correlated_noise_has_no_mean_and_no_shift_more_often_than_is_said() -> None:
+    """12 and 24 points do not tell the correlation well: about 0.10 and 0.08 where 0.05 is nominal."""
+
+    def mean_of(y: Any) -> float:
+        found = mean_score(y)
+        assert found is not None
+        return found[1]
+
+    def shift_of(y: Any) -> float:
+        found = level_shift(y, 12)
+        assert found is not None
+        return found
+
+    def blind(y: Any) -> float:
+        return float(y.mean() / y.std(ddof=1) * math.sqrt(len(y)))
+
+    assert exceeding(0.5, mean_of) < 0.12
+    assert exceeding(0.5, shift_of) < 0.12
+    assert exceeding(0.5, blind) > 0.2  # the control
 
 
 def test_excess_over_a_law_without_floor() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from mupace.errors import ConfigError
 from mupace.policies import Proposal, Reading
-from mupace.policies.guard import GuardPolicy
+from mupace.policies.guard import GuardPolicy, poisson_tail
 from mupace.units import Clock
 
 EVERY = 10
@@ -127,6 +127,24 @@ def test_two_skips_back_off_and_the_rates_return() -> None:
 
 def test_two_skips_far_apart_do_not() -> None:
     assert Loop().run([*noise(200), SPIKE, *noise(60), SPIKE, *noise(200)]).said == []
+
+
+def test_where_single_skips_are_usual_two_in_a_window_are_no_trouble_and_five_are() -> None:
+    def spiked(at: Iterable[int], n: int, seed: int) -> list[tuple[float, float]]:
+        out = noise(n, seed)
+        for i in at:
+            out[i] = (9.0, 1.0)
+        return out
+
+    usual = spiked(range(99, 1400, 100), 1450, 5)  # one in a hundred: half a skip per window
+    assert poisson_tail(2, 0.5) > 0.09
+    assert poisson_tail(4, 0.5) > 1e-3 > poisson_tail(5, 0.5)
+    loop = Loop().run(noise(200)).run(usual)
+    assert loop.admitted.count(False) == 14
+    assert loop.state["budget"]["strays"] >= 8
+    assert loop.run(spiked((10, 30), 100, 6)).reasons == []
+    assert loop.run(spiked((10, 18, 26, 34, 42), 50, 7)).reasons == ["guard_back_off"]
+    assert Loop().run(noise(200)).run(spiked((10, 30), 50, 6)).reasons == ["guard_back_off"]  # the control
 
 
 def test_what_was_not_carried_out_is_not_taken_back() -> None:

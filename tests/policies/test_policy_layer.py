@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from families import llama
 from mupace.errors import ConfigError
 from mupace.params.presets import ROLE_PRESETS
 from mupace.policies import Proposal, Reading, policy_of, policy_to_dict
-from mupace.policies.layer import LayerPolicy
+from mupace.policies.layer import LayerPolicy, _mean, _student
 from mupace.scales import groups, role_policy
 from mupace.units import Clock
 
@@ -126,6 +127,57 @@ def test_noise_inside_the_band_never_moves_anything(seed: int, correlated: bool)
 
 def test_the_same_noise_outside_the_band_does() -> None:
     assert list(Run({"norm": 6e-3}, noise=0.3).closed())
+
+
+def series(seed: int, rho: float, n: int = 40) -> list[float]:
+    draw, last, out = random.Random(seed), random.Random(-seed - 1).gauss(0, 1), []
+    for _ in range(n):
+        last = rho * last + math.sqrt(1 - rho * rho) * draw.gauss(0, 1)
+        out.append(last)
+    return out
+
+
+def test_the_error_of_a_mean_is_that_of_as_many_values_as_are_independent() -> None:
+    for seed in range(30):
+        values = series(seed, 0.6)
+        mean = sum(values) / 40
+        off = [v - mean for v in values]
+        measured = sum(a * b for a, b in pairwise(off)) / sum(v * v for v in off)
+        rho = max(0.0, (40 * measured + 1) / 36)  # measured = rho - (1 + 4 rho)/40
+        independent = 40 * (1 - rho) / (1 + rho)
+        found = _mean(values)
+        assert found.value == pytest.approx(mean)
+        assert found.freedom == pytest.approx(independent - 1)
+        assert found.error == pytest.approx(math.sqrt(sum(v * v for v in off) / 40 / (independent - 1)))
+
+
+@pytest.mark.parametrize(("t", "dof", "normal"), [(2.228, 10, 1.960), (3.169, 10, 2.576), (2.042, 30, 1.960)])
+def test_a_normal_deviate_becomes_the_t_value_of_its_tail(t: float, dof: float, normal: float) -> None:
+    assert _student(normal, dof) == pytest.approx(t, rel=0.01)
+
+
+def test_few_independent_readings_need_more_standard_errors() -> None:
+    policy = LayerPolicy(relative=False, dwell=0)
+    for seed in range(5):
+        noise = [0.1 * x for x in series(seed, 0.6)]
+        mean, error, freedom = _mean(noise)
+        needed = _student(3.0, freedom)
+        assert needed > 3.1
+        for errors, moved in ((0.5 * (3.0 + needed), False), (1.05 * needed, True)):
+            shift, state, found = math.log(policy.band) + errors * error - mean, policy.init(), ()
+            for i, x in enumerate(noise, 1):
+                values = {"update_ratio.norm": 1e-3 * math.exp(x + shift), "trim.layer.norm": 1.0}
+                found, state = policy.step(Reading(clock=Clock(step=i), values=values), state)
+            assert bool(found) == moved
+            assert errors > 3.0  # the control: by the normal deviate both would be moved
+
+
+def test_correlated_noise_at_the_edge_is_seldom_beyond_it() -> None:
+    found = [_mean(series(seed, 0.8)) for seed in range(1000)]
+    beyond = [m.freedom > 0 and m.value > _student(3.0, m.freedom) * m.error for m in found]
+    blind = [m.value > 3.0 * statistics.stdev(series(seed, 0.8)) / math.sqrt(40) for seed, m in enumerate(found)]
+    assert sum(beyond) < 20
+    assert sum(blind) > 100  # the control: all readings taken for independent
 
 
 def test_the_schedule_and_the_rate_of_all_move_nothing() -> None:

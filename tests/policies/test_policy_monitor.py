@@ -13,7 +13,7 @@ import pytest
 
 from mupace.errors import ConfigError
 from mupace.policies import Proposal, Reading
-from mupace.policies.monitor import MonitorPolicy, threshold_of
+from mupace.policies.monitor import MonitorPolicy, _reference, threshold_of
 from mupace.units import Clock
 
 
@@ -145,6 +145,23 @@ def test_stationary_noise_drifts_nothing(kind: str) -> None:
     said, trim = run(MonitorPolicy(), 2 + 0.1 * NOISES[kind](np.random.default_rng(3), n))
     assert reasons(said).count("metric_degraded") <= 3 * 1e-4 * n
     assert trim == 1.0
+
+
+def test_the_reference_is_its_slow_twin_with_two_standard_errors_on_both_estimates() -> None:
+    values = autocorrelated(np.random.default_rng(3).standard_normal(48), 0.6)
+    middle, spread, doubt = _reference(values.tolist())
+    off = values - np.median(values)
+    rho = float(off[1:] @ off[:-1] / (off @ off))
+    rho += (1 + 4 * rho) / 48
+    wide = 1.4826 * float(np.median(np.abs(off))) * (1 + 2 * 1.167 / 48**0.5)
+    assert rho > 0.3
+    assert (middle, spread) == (pytest.approx(np.median(values)), pytest.approx(wide * ((1 + rho) / (1 - rho)) ** 0.5))
+    assert doubt == pytest.approx(2 * (np.pi / 2) ** 0.5 / 48**0.5, rel=1e-4)
+    draws = np.random.default_rng(4).standard_normal((4000, 48))  # what the two constants are the errors of
+    medians = np.median(draws, axis=1)
+    spreads = 1.4826 * np.median(np.abs(draws - medians[:, None]), axis=1)
+    assert float(medians.std()) == pytest.approx(doubt / 2, rel=0.06)
+    assert float(spreads.std() / spreads.mean()) == pytest.approx(1.167 / 48**0.5, rel=0.06)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from mupace.errors import ConfigError
 from mupace.policies.base import POLICIES, Proposal, Reading, State, Verdict, policy_of, policy_to_dict
+from mupace.policies.fits import expected_curve
 from mupace.policies.time import BiasPolicy, TimePolicy
 from mupace.units import Clock
 
@@ -159,6 +160,23 @@ def test_loud_a_plateau_with_headroom_and_time_jumps() -> None:
     assert (jumps[0].factor, jumps[0].reason) == (1.5, "plateau_jump")
     assert jumps[0].needs == ("headroom", "payback", "snapshot")
     assert jumps[0].evidence["gain"] >= 2 * jumps[0].evidence["cost"]
+
+
+def test_what_a_jump_gains_and_costs_is_what_the_formula_says() -> None:
+    s, sums = 100.0 * np.arange(1, 41), 0.7 * 100.0 * np.arange(1, 41)
+    curve = expected_curve(sums, 2 + 8 * sums**-0.4)
+    assert curve is not None
+    window = [[float(a), float(b), 3.0] for a, b in zip(s[-12:], sums[-12:], strict=True)]
+    reading = Reading(clock=Clock(step=4000), progress=0.4, steps=10_000)
+    rest = 0.7 * (10_000 * 0.9 - 4000) / 2  # dS per update, times the updates to the hold; a decay halves it
+
+    def law_at(spent: float) -> float:
+        return curve.floor + curve.gain * (spent / curve.unit) ** -curve.alpha
+
+    for gap, dearest in (((0.01, 4.0), 0.01), ((0.001, 0.5), 0.002), ((-0.003, -1.5), 0.002)):
+        gain, cost = TIME._payback(reading, {"window": window}, curve, gap, 1.5)
+        assert gain == pytest.approx(law_at(2800 + rest) - law_at(2800 + 1.5 * rest), rel=1e-9)
+        assert cost == pytest.approx(0.5 * dearest)  # the gap, or its standard error where that is more
 
 
 @pytest.mark.parametrize("headroom", [None, 1.0, 2.1])

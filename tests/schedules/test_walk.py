@@ -62,6 +62,18 @@ def test_in_an_exponential_window_it_is_another_rate_of_decay(factor: float) -> 
     assert missed != pytest.approx(plain(90.0), rel=1e-3)
 
 
+def test_a_second_pace_is_a_factor_of_what_lands_from_where_the_first_has_led() -> None:
+    plain = mupace.schedule("linear -> 0", total="100 steps")
+    walked = plain.paced(20.0, 1.5, 30.0).paced(40.0, 0.5, 30.0)
+    here = 20 + 1.5 * 20
+    landing = (100 - here) / (100 - 40)
+    assert walked.place(40.0) == pytest.approx(here)
+    for x in (45.0, 60.0, 70.0):
+        assert walked.place(x) == pytest.approx(here + 0.5 * landing * (x - 40))
+    assert walked.place(100.0) == 100.0
+    assert walked.place(60.0) != pytest.approx(here + 0.5 * (60 - 40))  # the control: half of the plain pace
+
+
 def test_a_final_hold_is_reached_when_it_was_planned() -> None:
     plain = mupace.schedule("warmup 5% | cosine 85% -> 0.1 | hold 10%", total="100 steps")
     walked = plain.paced(40.0, 0.25, 30.0)

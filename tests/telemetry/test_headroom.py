@@ -86,6 +86,36 @@ def test_a_quartic_lies_within_its_enclosure() -> None:
     assert found.factor == pytest.approx(truth, rel=0.01)
 
 
+def test_a_bump_between_two_factors_is_not_seen_and_one_at_a_factor_is() -> None:
+    """What is not claimed: with several crossings the answer is one of them."""
+
+    def found_at(bump: float) -> float:
+        def loss() -> torch.Tensor:
+            s = -x[0]  # θ = −s along the update −1
+            return (-0.5 * s + 3 * torch.exp(-(((s - bump) / 0.3) ** 2))).sum()
+
+        x = torch.tensor([-1.0]).double()
+        found = headroom(loss, [x], [torch.zeros(1).double()])
+        assert found is not None
+        return found.factor
+
+    assert found_at(3.0) == 64.0
+    assert 2.0 < found_at(4.0) < 4.0
+
+
+def test_a_loss_that_stays_the_same_is_not_above() -> None:
+    x = START + 1.0
+    found = headroom(lambda: torch.tensor(3.0), [x], [START])
+    assert found is not None
+    assert (found.factor, found.low, found.high) == (64.0, 64.0, math.inf)
+
+
+def test_five_passes_end_at_sixteen() -> None:
+    x = START - 1e-4 * CURVES * START
+    found = [headroom(lambda: quadratic(x), [x], [START], passes=passes) for passes in (5, 6, 7)]
+    assert [(f.factor, f.low, f.high) for f in found if f] == [(s, s, math.inf) for s in (16.0, 64.0, 64.0)]
+
+
 def test_a_loss_that_overflows_counts_as_above() -> None:
     def loss() -> torch.Tensor:
         return torch.where(x > -0.5, x, torch.tensor(math.nan).double()).sum()

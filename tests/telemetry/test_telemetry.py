@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from by_hand import ROLES, ByHand, Loop, Tied, batch, optimizer_of
@@ -16,8 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mupace.errors import ConfigError, MatchError, StateError
 from mupace.params import ParamTable
 from mupace.telemetry import Telemetry, Tiers
+from mupace.telemetry.decode import names_of
 from mupace.telemetry.governor import Governor
 from mupace.telemetry.measure import _sample
+from mupace.telemetry.ranks import _per_name, _read, _row
+from mupace.telemetry.tally import Tally
 
 OFTEN = Tiers(norms=3, moments=6)
 
@@ -263,6 +267,38 @@ def test_percentiles_rest_on_a_fair_sample() -> None:
     assert abs(rank - 0.5) > 4 * (0.25 / 4096) ** 0.5
     assert len(set((torch.arange(512 * 64).view(64, 512) % 512).flatten()[::64].tolist())) == 8
     assert len(set(_sample(torch.arange(512 * 64).view(64, 512) % 512, 64).tolist())) > 500
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((4096, 64, 1, 1), 64), ((512, 64, 3, 3), 64), ((32, 64, 128), 64)])
+def test_a_sample_of_a_kernel_visits_every_input_channel(shape: tuple[int, ...], stride: int) -> None:
+    channels = torch.arange(64.0).view(1, 64, *[1] * (len(shape) - 2)).expand(shape).contiguous()
+    found = _sample(channels, stride)
+    assert len(found.unique()) == 64
+    assert abs(len(found) - channels.numel() / stride) < 0.02 * channels.numel() / stride
+    assert abs(float(found.mean()) - 31.5) < 0.5
+    if len(shape) == 4:  # the control: by rows alone, which are short here
+        assert len(channels.flatten()[::stride].unique()) <= 9
+
+
+@pytest.mark.timeout(20)
+def test_a_sample_of_nothing_comes_to_an_end() -> None:
+    assert _sample(torch.zeros(10, 0), 5).shape == (0,)
+    assert _sample(torch.zeros(0, 10), 5).shape == (0,)
+
+
+def test_the_spread_of_ranks_is_that_of_their_mean_losses_however_many_they_saw() -> None:
+    names, rows, tables = names_of(["all"]), np.zeros((2, 9)), 0.0
+    for rank, losses in enumerate(([1.0, 2.0, 3.0], [4.0])):
+        tally = Tally()
+        for update, loss in enumerate(losses, 1):
+            tally.add(update, {"loss": loss}, skipped=False)
+        rows[rank] = _row(tally, (0.0, 1.0))
+        tables = tables + _per_name(tally, names, names)
+    found = _read(names, tables, rows).values
+    assert found["rank_spread"] == pytest.approx(4.0 / 3.0)  # means 2 and 4, not sums 6 and 4
+    assert found["loss"] == pytest.approx(2.5)  # every step counts once
+    weights = [0.98**2 * 0.02, 0.98 * 0.02, 0.02, 0.02]
+    assert found["loss_ema"] == pytest.approx(np.average([1.0, 2.0, 3.0, 4.0], weights=weights))
 
 
 def test_the_budget_doubles_intervals_in_turn() -> None:

@@ -258,6 +258,23 @@ def test_without_a_guard_it_ends_with_an_error_and_the_same_bundle() -> None:
     assert list(Path("run/control").glob("incident-*-lost"))
 
 
+@pytest.mark.parametrize("every", [1, 5, 10, 25])
+def test_without_a_checkpoint_too_the_ladder_comes_to_its_end(every: int) -> None:
+    lost = hopeless("act", ["guard"]).replace({"checkpoint.every": "off", "control.every": f"{every} steps"})
+    assert run(lost)[0].reason == "diverged"
+    assert list(Path("run/control").glob("incident-*-diverged"))
+
+
+def test_a_guard_that_never_stops_ends_with_an_error_that_says_so() -> None:
+    lost = hopeless("act", ["guard"]).replace({"control.policy": {"guard": {"max_rollbacks": 99}}})
+    lost = lost.replace({"checkpoint.every": "off", "control.every": "10 steps"})
+    says = r"update \d+ was skipped 90 times in a row: the guard .* from the start"
+    with pytest.raises(StateError, match=says) as found:
+        run(lost)
+    assert "loss scale" not in str(found.value)
+    assert list(Path("run/control").glob("incident-*-skipped"))
+
+
 def test_a_probe_and_averaged_weights_change_nothing() -> None:
     run(config(12, eval__every="4 steps"), "plain")
     control = {"mode": "observe", "every": "2 steps", "policies": ["rate"], "probe": "3 steps"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mupace.checks.controlled import controlled
 from mupace.checks.groups import decay, peaks, stage
 from mupace.checks.lengths import endpoints, total, units, written
 from mupace.checks.logged import logged
@@ -42,6 +43,12 @@ PLAN_ITEMS: tuple[tuple[str, str, Callable[[Subject], Finding]], ...] = (
     ("relative", "schedule is relative", relative),
 )
 """Those that follow for a model that was scaled from a base."""
+
+
+CONTROL_ITEMS: tuple[tuple[str, str, Callable[[Subject], Finding]], ...] = (
+    ("control", "policies can do their part", controlled),
+)
+"""Those that follow for a config with a controller."""
 
 
 def check_config(config: RunConfig) -> Report:
@@ -110,7 +117,7 @@ def preflight(
 
 
 def _report(subject: Subject) -> Report:
-    items = (*ITEMS, *PLAN_ITEMS) if subject.parametrised else ITEMS
+    items = (*ITEMS, *(PLAN_ITEMS if subject.parametrised else ()), *(CONTROL_ITEMS if subject.controlled else ()))
     return Report(tuple(_item(name, title, look(subject)) for name, title, look in items))
 
 

@@ -64,6 +64,12 @@ class Subject:
         return self.plan is not None or any("plan" in group for group in self.groups)
 
     @property
+    def controlled(self) -> bool:
+        """Whether it is a run whose controller measures."""
+        section = None if self.run is None else self.run.control
+        return section is not None and section.mode != "off"
+
+    @property
     def pacer(self) -> Pacer | None:
         """The scheduler, when it is ours."""
         return self.scheduler if isinstance(self.scheduler, Pacer) else None

@@ -131,7 +131,9 @@ def _check_beforehand(inbox: Inbox, command: Command) -> None:
         return
     groups = {group["name"]: _roles(group) for group in status.get("groups", [])}
     command.select(groups, [policy["name"] for policy in status.get("policies", [])])
-    if age > STALE:
+    if status.get("running") is False:
+        print("the run has ended: the command waits for its next start", file=sys.stderr)
+    elif age > STALE:
         print(f"the controller was last heard {_age(age)} ago: does the run still run?", file=sys.stderr)
 
 
@@ -174,7 +176,8 @@ def _status(inbox: Inbox, as_json: bool, target: str | None) -> int:
 def _page(status: Mapping[str, Any], age: float) -> Iterator[str]:
     clock = ", ".join(f"{name} {number}" for name, number in status.get("clock", {}).items() if number)
     paused = ", paused" if status.get("paused") else ""
-    yield f"{clock or 'step 0'} of {status.get('total', '?')}; mode {status.get('mode', '?')}{paused}; {_age(age)} old"
+    what = f"mode {status.get('mode', '?')}{paused}{'; ended' if status.get('running') is False else ''}"
+    yield f"{clock or 'step 0'} of {status.get('total', '?')}; {what}; {_age(age)} old"
     if policies := status.get("policies"):
         yield ""
         rows = [(p["name"], p["state"], _short(p.get("confidence")), _short(p.get("actions"))) for p in policies]

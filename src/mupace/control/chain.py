@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Chain(Record):
 
     Raises:
         CheckpointError: the rows at the end of the file do not follow on each other.
-        StateError: the file cannot be opened or written.
+        StateError: the file cannot be opened or written, or is gone.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -115,10 +115,20 @@ class Chain(Record):
         """As `append`; returns the row's `seq`."""
         return int(self.append(kind, **fields)["seq"])
 
+    def sync(self) -> None:
+        """As of a `Record`; of a closed one nothing is left to sync."""
+        if self._fd >= 0:
+            super().sync()
+
     def _check_end(self) -> None:
         if self._fd < 0 or self._end is None:
             return  # closed, which _append says; or still opening
-        size = os.fstat(self._fd).st_size
+        about = os.fstat(self._fd)
+        if about.st_nlink == 0:
+            raise StateError(
+                f"log {self.path} was removed or replaced while this process wrote to it: legal is one file"
+            )
+        size = about.st_size
         if size != self._end + self._torn:
             raise StateError(
                 f"log {self.path} is {size} bytes long and was {self._end} when this process left it: another one "
@@ -172,8 +182,9 @@ def read(path: str | os.PathLike[str], *, through: Iterable[Any] | None = None) 
         _check_link(before, row, file)
         rows.append(row)
         before = row
-    if through is not None:
-        _check_through(rows, tuple(through), file)
+    lacking = None if through is None else lacks(rows, tuple(through), file)
+    if lacking is not None:
+        raise CheckpointError(lacking)
     return rows
 
 
@@ -205,11 +216,11 @@ def _check_link(before: Row, row: Row, path: Path) -> None:
         raise CheckpointError(f"log {path}: row {seq} was written after another row {seq - 1} than the one before it")
 
 
-def _check_through(rows: list[Row], offset: tuple[Any, ...], path: Path) -> None:
+def lacks(rows: Sequence[Row], offset: Sequence[Any], path: Path) -> str | None:
+    """What is missing of the rows up to an offset that was kept elsewhere; None where they are all there."""
     seq, expected = offset
-    if seq == 0:
-        return
     if seq > len(rows):
-        raise CheckpointError(f"log {path} ends with row {len(rows)}: rows up to {seq} were there and are removed")
-    if rows[seq - 1]["hash"] != expected:
-        raise CheckpointError(f"log {path}: row {seq} is another one than the checkpoint saw: the log was made anew")
+        return f"log {path} ends with row {len(rows)}: rows up to {seq} were there and are removed"
+    if seq > 0 and rows[seq - 1]["hash"] != expected:
+        return f"log {path}: row {seq} is another one than the checkpoint saw: the log was made anew"
+    return None

@@ -12,6 +12,7 @@ control.evaluated("valid", loss=..., averaged=...)    # after an evaluation
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mupace.control.carry import carried, trims_after, writes_of
-from mupace.control.chain import Chain
+from mupace.control.chain import Chain, lacks, read
 from mupace.control.commands import Command
 from mupace.control.consensus import Consensus
 from mupace.control.decisions import Decision, Write
@@ -28,7 +29,7 @@ from mupace.control.engine import Engine
 from mupace.control.inbox import Inbox
 from mupace.control.options import Options
 from mupace.control.reductions import agreed, mean_and_largest, means
-from mupace.control.refusals import refuse_own_rates
+from mupace.control.refusals import refuse_others, refuse_own_rates, refuse_twins
 from mupace.control.state import Kept, commands_after, difference, main_of, merged, number
 from mupace.control.status import status_of
 from mupace.errors import ConfigError, StateError
@@ -77,11 +78,12 @@ class Controller:
         tell: Tell | None = None,
         **options: Any,
     ) -> None:
+        refuse_others(pacer, policies)
         self.pacer = pacer
         self.options = Options.from_dict(options)
         refuse_own_rates(pacer.optimizers)
         made = tuple(policy_of(p) if isinstance(p, str) else p for p in policies)
-        _refuse_twins(made)
+        refuse_twins(made)
         self.engine = Engine(self.options, made, _groups(pacer))
         self.telemetry = telemetry or Telemetry(pacer.optimizers, tiers=Tiers(norms="off", moments="off"), budget=None)
         where = None if directory is None else Path(directory) / "control"
@@ -116,7 +118,7 @@ class Controller:
         """
         if self.mode != "act" or not any(hasattr(p, "admit") for p in self.engine.policies):
             return True
-        mean, norm = mean_and_largest(self.consensus, number(loss), number(grad_norm))
+        mean, norm = mean_and_largest(self.consensus, number("loss", loss), number("grad_norm", grad_norm))
         step, good = self.pacer.clock.step, True
         if self.consensus.leads:
             good, reason, self.kept.state = self.engine.admit(self.kept.state, step, mean, norm)
@@ -155,10 +157,16 @@ class Controller:
         Args:
             on: what identifies the evaluation: data, tokens, precision. Losses of another one are never compared.
             metrics: `loss`, `averaged` (of averaged weights), and others; the mean over ranks is taken.
+
+        Raises:
+            ConfigError: no text, or a metric that is no number.
         """
         if self.mode == "off":
             return None
-        for name, value in zip(metrics, means(self.consensus, [number(v) for v in metrics.values()]), strict=True):
+        if not isinstance(on, str) or not on:
+            raise ConfigError(f"evaluated(on={on!r:.60}): legal is a text that names data, tokens and precision")
+        given = [number(name, value) for name, value in metrics.items()]
+        for name, value in zip(metrics, means(self.consensus, given), strict=True):
             self.kept.measure(f"eval.{name}", value)
         return self._tick(on)
 
@@ -174,6 +182,8 @@ class Controller:
         """
         if self.mode == "off":
             raise ConfigError("mode='off': nothing is carried out; legal are 'observe', 'advise' and 'act'")
+        if not isinstance(command, Command):
+            raise ConfigError(f"command={type(command).__name__}: legal is a mupace.control.Command")
         command.check(self.engine.groups, tuple(p.name for p in self.engine.policies), self._rates(), {})
         if self.consensus.leads:
             self._commands.append(command)
@@ -313,7 +323,7 @@ class Controller:
             self._inbox = Inbox(self.directory.parent).prepare()
             self._chain = Chain(self.directory / LOG)
             if self._chain.empty or not resuming:
-                self._commands += [] if self._chain.empty else commands_after(self._chain.path, 0)
+                self._commands += [] if self._chain.empty else commands_after(read(self._chain.path), 0)
                 self._chain.append("open", **self.describe(), curve=self.pacer.curve.unwalked().to_dict())
         return self._chain
 
@@ -332,7 +342,9 @@ class Controller:
         self.tell(line)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to make the same decisions; JSON-able and flat."""
+        """All that a resumed run needs to make the same decisions; JSON-able and flat. Syncs the log."""
+        if self._chain is not None:
+            self._chain.sync()
         offset = None if self._chain is None else list(self._chain.offset)
         inbox = None if self._inbox is None else self._inbox.state_dict()
         inner = {**self.kept.to_dict(), "describe": self.describe(), "offset": offset, "inbox": inbox}
@@ -350,6 +362,8 @@ class Controller:
         """
         if state.get("format") != 1:
             raise StateError(f"controller state format={state.get('format')!r}; this version reads 1")
+        if not {"control", "telemetry"} <= state.keys():
+            raise StateError(f"controller state has {', '.join(state)}; legal is what Controller.state_dict() gave")
         inner = json.loads(state["control"])
         other = difference(inner["describe"], self.describe())
         if other and self.pacer.on_mismatch != "config":
@@ -373,14 +387,20 @@ class Controller:
             return
         if saved["inbox"] is not None and self._inbox is not None:
             self._inbox.load_state_dict(saved["inbox"])
-        seq = 0 if saved["offset"] is None else int(saved["offset"][0])
-        self._commands += commands_after(chain.path, seq)
+        offset, rows = saved["offset"] or (0, ""), read(chain.path)
+        lacking, seq = lacks(rows, offset, chain.path), int(offset[0])
+        if lacking is not None:
+            self._say(f"{lacking}; the run goes on, and replay will find this too")
+        self._commands += commands_after(rows, seq)
         kept = self.kept
         row = {"step": kept.seen, "state": kept.state, "admits": kept.admits, "dropped": dropped, "from": seq}
         chain.append(kind, **row, describe=self.describe())
 
     def close(self) -> None:
-        """Let go of files."""
+        """Show that nobody decides here any more, and let go of files."""
+        if self.consensus.leads and self._inbox is not None:
+            with contextlib.suppress(StateError):  # such as a full disk, which may be why the run ends
+                self._inbox.write_status({**status_of(self), "running": False})
         if self._chain is not None:
             self._chain.close()
 
@@ -389,13 +409,6 @@ def _groups(pacer: Pacer) -> dict[str, str]:
     """Every group's name and its role, empty where it holds several."""
     rows = [g for o in pacer.optimizers for g in o.param_groups]
     return {name: str(row.get("role", "")) for name, row in zip(pacer.names, rows, strict=True)}
-
-
-def _refuse_twins(policies: Sequence[Policy]) -> None:
-    names = [p.name for p in policies]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"policies: {twice!r} is given twice; legal is once")
 
 
 def _worded(x: float) -> float | str:

@@ -105,7 +105,9 @@ class Trace:
     @cached_property
     def exploded(self) -> bool:
         """Whether the last gradient norms are above all measure and do not come back."""
-        values = self.of("grad_norm")[1]
+        values, middles = self.of("grad_norm")[1], self.of("grad_norm_p50")[1]
+        if self.lost_at is not None and 0 < len(values) < 4 and len(middles):  # at once: by the updates in between
+            return bool(values[-1] >= self.at.explode * middles[-1])
         if len(values) < (self.at.fewest if self.lost_at is None else 4):
             return False
         usual = float(np.median(values))

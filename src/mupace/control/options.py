@@ -79,7 +79,7 @@ class Options:
         Raises:
             ConfigError: an unknown key, or a value out of range.
         """
-        known = {f.name for f in fields(cls)}
+        known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
                 raise one_of("control option", key, known)

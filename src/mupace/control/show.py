@@ -24,6 +24,8 @@ def screen(decision: Decision, reading: Reading, applied: Mapping[str, Any] | No
         factor, updates = decision.pace
         lines.append(f"schedule: walked at {factor:.4g} times the landing pace for {updates} updates")
     if applied is not None:
+        if decision.ramp:
+            lines.append(f"phased in over the next {decision.ramp} updates")
         lines.append("written (base x schedule x feedback = rate of the next update)")
         lines += _first("written", [line for row in _written(applied) for line in _folded(row, 2)], "groups")
     return "\n".join(lines[:TALL])
@@ -50,11 +52,15 @@ def _command(told: Mapping[str, Any]) -> list[str]:
 
 
 def _read(reading: Reading) -> Iterator[str]:
-    """The values that say something, a few to a line."""
+    """The values that say something, a few to a line: those of the whole run, then those of roles."""
     values = {k: v for k, v in reading.values.items() if not k.startswith(("lr.", "planned.", "trim."))}
-    cells = [f"{name} {value:.5g}" for name, value in sorted(values.items())]
+    cells = [f"{name} {values[name]:.5g}" for name in sorted(values, key=lambda name: (_of_a_role(name), name))]
     cells += [f"{name} lost" for name in reading.lost]
     yield from _folded("  " + (", ".join(cells) or "nothing"), 6)
+
+
+def _of_a_role(name: str) -> bool:
+    return "." in name and not name.startswith(("eval.", "data."))
 
 
 def _outcome(o: Outcome) -> Iterator[str]:

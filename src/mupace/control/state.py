@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mupace.control.chain import read
 from mupace.control.commands import Command
+from mupace.errors import ConfigError
 from mupace.pacer import Pacer
 from mupace.policies import State
 
 
-def number(value: Any) -> float:
-    """A number, or a tensor of one, whatever graph it is in."""
-    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+def number(name: str, value: Any) -> float:
+    """A number, or a tensor of one, whatever graph it is in.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.60}"
+        raise ConfigError(f"{name}={shown}: legal is a number, or a tensor with one element") from None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +62,7 @@ class Kept:
 
     def measure(self, name: str, value: Any) -> None:
         """Keep a number for the next reading; what is not finite is lost."""
-        given = number(value)
+        given = number(name, value)
         if math.isfinite(given):
             self.waiting[name] = given
         elif name not in self.lost:
@@ -90,11 +99,11 @@ class Kept:
         return cls(**copy.deepcopy({k: v for k, v in state.items() if k in known}))
 
 
-def commands_after(path: Path, seq: int) -> list[Command]:
+def commands_after(rows: Sequence[Mapping[str, Any]], seq: int) -> list[Command]:
     """The commands that were applied according to the rows of a log after `seq`, or were waiting there."""
     given: dict[str, Command] = {}
     answered: dict[str, str] = {}
-    for row in read(path):
+    for row in rows:
         if row["seq"] > seq:
             decided = row["decision"] if row["type"] == "decision" else {}
             given |= {c["id"]: Command.from_dict(c) for c in row.get("commands", ())}

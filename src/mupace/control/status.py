@@ -18,6 +18,7 @@ def status_of(control: Controller) -> dict[str, Any]:
     last = control.decisions[-1].to_dict() if control.decisions else None
     return {
         "schema": 1,
+        "running": True,
         "clock": {"step": pacer.clock.step, "token": pacer.clock.token},
         "total": str(pacer.curve.horizon.total),
         "mode": control.mode,

@@ -24,7 +24,7 @@ class Headroom:
     """The factor s = η_c/η by which an update could be multiplied before the loss is above the one before it.
 
     Attributes:
-        factor: s, within [low, high]; 1/16 or 64 where the crossing lies beyond.
+        factor: s, within [low, high]; 1/16 or 64 where the crossing lies beyond (16 with 5 passes, which end there).
         low: the largest factor tried at which the loss was not above; 0 where it was above at all.
         high: the smallest factor tried at which it was above; infinite where there was none.
         start: the loss before the update.
@@ -51,11 +51,12 @@ def headroom(
     passes: int = 7,
     process_group: ranks.Group = None,
 ) -> Headroom | None:
-    """Search the first s > 0 with L(θ + s · Δθ) > L(θ), Δθ the update that was made.
+    """Search an s > 0 from which on L(θ + s · Δθ) > L(θ), Δθ the update that was made.
 
     s goes up through 1, 2, 4, 16, 64 (down through 1/2, 1/4, 1/16 where 1 is too far) until the crossing is enclosed,
     then the enclosure is halved in log2 s. In it the answer is where g(s) = (L(θ + s·Δθ) − L(θ)) / s, taken as a
-    straight line between the ends, is 0: exact where the loss along Δθ is a parabola.
+    straight line between the ends, is 0: exact where the loss along Δθ is a parabola. Along another loss it is one of
+    the crossings: what rises and falls again between two of these factors is not seen.
 
     After it parameters, the model's buffers and torch's random state are what they were, bit for bit; every pass
     starts from the same random state. On several ranks the losses are averaged before each comparison, so all ranks

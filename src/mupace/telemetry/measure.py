@@ -141,9 +141,13 @@ def _quantiles(samples: Sequence[torch.Tensor], home: torch.device) -> tuple[tor
 
 
 def _sample(values: torch.Tensor, stride: int) -> torch.Tensor:
-    """Every stride-th element in float64; the stride shares no factor with a row, so it visits all columns."""
-    row = values.shape[-1] if values.ndim else 1
-    while stride > 1 and math.gcd(stride, row) != 1:
+    """Every stride-th element in float64, evenly over the first dimension and over all that one index of it holds.
+
+    The stride shares no factor with the size of that, so it visits all of it: the columns of a matrix, and every input
+    channel of a kernel, whose rows are short.
+    """
+    inner = max(1, math.prod(values.shape[1:]))
+    while stride > 1 and math.gcd(stride, inner) != 1:
         stride += 1
     return values.detach().reshape(-1)[::stride].to(finest(values.device))
 

@@ -196,21 +196,36 @@ class Trainer:
         applied = self.pacer.clock.step > before
         self._log(record, lr, norms, spent, clipped=clipped, skipped=not applied, **feedback)
         self.steering.stepped(loss, norms["grad_norm"], clipped, self.scaler, blocks)
-        self._refuse_skipping_for_ever(applied)
+        self._refuse_skipping_for_ever(applied, overflow)
         self.lost = 0 if math.isfinite(self.last_loss) or not applied else self.lost + 1
         if self.lost == MAX_NOT_FINITE:
             self.steering.incident("lost", self.sampler.state_dict())
             self._refuse_lost_run()
         return applied
 
-    def _refuse_skipping_for_ever(self, applied: bool) -> None:
+    def _refuse_skipping_for_ever(self, applied: bool, overflow: bool) -> None:
+        """Raises:
+        StateError: the loss scale leaves out every update, or a guard does, past the end of its ladder.
+        """
         self.skips = 0 if applied else self.skips + 1
-        if self.skips == MAX_SKIPS:
+        if self.skips < MAX_SKIPS + (0 if overflow else self.steering.patience):
+            return
+        self.steering.incident("skipped", self.sampler.state_dict())
+        what = f"update {self.pacer.clock.step + 1} was skipped {self.skips} times in a row: "
+        if overflow:
             raise StateError(
-                f"update {self.pacer.clock.step + 1} was skipped {MAX_SKIPS} times in a row: its gradients are not "
-                f"finite at a loss scale of {self.scaler.get_scale():.3g} either; legal is run.precision='bf16', or a "
-                "smaller lr"
+                f"{what}its gradients are not finite at a loss scale of {self.scaler.get_scale():.3g} either; legal is "
+                "run.precision='bf16', or a smaller lr"
             )
+        raise StateError(
+            f"{what}the guard does not admit its loss, {self.last_loss:.4g}; legal is a smaller lr, or clipping, from "
+            f"{self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        """Where a run that is lost could begin again."""
+        path = checkpoint.latest(self.directory, lambda line: None)
+        return "the start" if path is None else str(path)
 
     def _refuse_lost_run(self) -> None:
         """Checkpoints are not written while the loss is not finite, so the last one is from before.
@@ -219,10 +234,9 @@ class Trainer:
             StateError: always, once a loss has not been finite.
         """
         if self.lost:
-            path = checkpoint.latest(self.directory, lambda line: None)
             raise StateError(
                 f"the loss of update {self.pacer.clock.step} is {self.last_loss}: the weights are lost; legal is a "
-                f"smaller lr, or clipping, from {'the start' if path is None else path}"
+                f"smaller lr, or clipping, from {self._last_good()}"
             )
 
     def _log(

@@ -34,6 +34,7 @@ from mupace.trainer.data import Dataset
 from mupace.trainer.data import prepare as prepare_data
 from mupace.trainer.model import Blueprint, build, resolve, weights_in
 from mupace.trainer.scaling import betas_of, parametrized, summary
+from mupace.trainer.section import ControlSection
 from mupace.trainer.start import (
     Beginning,
     Origin,
@@ -116,6 +117,23 @@ def intervals(config: RunConfig, horizon: Horizon) -> tuple[Interval, Interval]:
     )
 
 
+def control_intervals(section: ControlSection, horizon: Horizon) -> tuple[int, int | None]:
+    """Updates between two readings of the controller, and between two probes (None: there is none).
+
+    Raises:
+        ConfigError: a length that cannot be counted in updates.
+    """
+    found = []
+    for name, text in (("control.every", section.every), ("control.probe", section.probe)):
+        steps = Interval.parse(text, horizon, name).steps
+        if text is not None and steps is None:
+            raise ConfigError(f"{name}={text!r}: legal is a length that can be counted in updates")
+        found.append(steps)
+    every, probe = found
+    assert every is not None  # it has no "off"
+    return every, probe
+
+
 class Ingredients(NamedTuple):
     """What a run is made of before anything is built that takes memory or time."""
 
@@ -150,6 +168,8 @@ def ingredients(config: RunConfig, directory: Path | None = None) -> Ingredients
     )
     curve = config.curve(len(data.train))
     intervals(config, curve.horizon)
+    if config.control is not None:
+        control_intervals(config.control, curve.horizon)
     return Ingredients(data, curve, _blueprint(config, origin, data.tokenizer), device)
 
 

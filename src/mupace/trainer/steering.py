@@ -16,15 +16,16 @@ from mupace.control.controller import Controller
 from mupace.control.incident import write_incident
 from mupace.control.rerun import readings_of
 from mupace.control.state import difference
-from mupace.errors import CheckpointError, ConfigError
+from mupace.errors import CheckpointError
 from mupace.telemetry import Averaged, Telemetry, Tiers
 from mupace.trainer import checkpoint
 from mupace.trainer.model import quiet
-from mupace.trainer.parts import Interval, Parts
+from mupace.trainer.parts import Parts, control_intervals
 from mupace.weighting import Composition
 
 BEST = "best"
 AVERAGED = "averaged"
+RUNGS = 4  # readings that the ladder of the guard may be late, of 16 lost updates on end each
 ENDS = {"early": "early_stop", "guard": "diverged"}
 """Policy that stops a run to the reason that the run then has; a person's command is \"stopped\"."""
 
@@ -42,10 +43,8 @@ class Steering:
         section = parts.config.control
         if section is None or section.mode == "off":
             return
-        horizon = parts.pacer.curve.horizon
-        every = _updates(section.every, horizon, "control.every")
-        probe = "off" if section.probe is None else _updates(section.probe, horizon, "control.probe")
-        tiers = Tiers(norms=every, moments=10 * every, headroom=probe)
+        every, probe = control_intervals(section, parts.pacer.curve.horizon)
+        tiers = Tiers(norms=every, moments=10 * every, headroom="off" if probe is None else probe)
         telemetry = Telemetry(parts.optimizers, roles=parts.table, tiers=tiers, budget=section.overhead)
         self.controller = Controller(
             parts.pacer, section.made(), directory=directory, telemetry=telemetry, snapshots=True, tell=tell,
@@ -83,6 +82,11 @@ class Steering:
     def admit(self, loss: torch.Tensor, grad_norm: float) -> bool:
         """Whether the update may be applied."""
         return self.controller is None or self.controller.admit(loss, grad_norm)
+
+    @property
+    def patience(self) -> int:
+        """Further updates in which a guard, who is asked at readings alone, comes to the end of its ladder."""
+        return 0 if self.controller is None else RUNGS * self.controller.options.every
 
     def probe(self, applied: bool, loss: Callable[[], float]) -> None:
         """How far the update could have gone, where that is due."""
@@ -231,10 +235,3 @@ class Steering:
         file = path / f"{AVERAGED}.pt"
         if self.weights is not None and file.is_file():
             self.weights.load_state_dict(checkpoint.read_tensors(file))
-
-
-def _updates(text: str, horizon: Any, name: str) -> int:
-    steps = Interval.parse(text, horizon, name).steps
-    if steps is None:
-        raise ConfigError(f"{name}={text!r}: legal is a length that can be counted in updates")
-    return steps
