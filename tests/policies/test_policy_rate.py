@@ -344,3 +344,34 @@ def test_a_rate_eight_times_too_low_is_raised_and_a_right_one_is_not() -> None:
     right = [final(RATE, 1 / 8, seed) for seed in range(3)]
     assert [trim for _, trim in right] == pytest.approx([1.0] * 3)
     assert np.mean([loss for loss, _ in right]) < 1.1 * np.mean([final(None, 1 / 8, seed)[0] for seed in range(3)])
+
+
+def kept(ramp: int, plan: bool, seeds: int = 12) -> tuple[int, int]:
+    """(trials, those that were kept) on a loss that pays no attention to the rate, under a factor that ramps."""
+    policy, trials, good = RatePolicy(ramp=max(ramp, 1)), 0, 0
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        state, trim, target, begun, spent = policy.init(), 1.0, 1.0, 0, 0.0
+        for k in range(N):
+            for u in range(k * EVERY, (k + 1) * EVERY):
+                done = 1.0 if not ramp else min((u - begun + 1) / ramp, 1.0)
+                trim = trim if trim == target else (target if done == 1.0 else trim + (target - trim) * done)
+                spent += trim
+            step = (k + 1) * EVERY
+            values = {"loss": 8 * step**-0.35 * (1 + 0.001 * rng.standard_normal()), "lr_sum": spent}
+            values |= {"trim.rate.all": trim, **({"plan_sum": float(step)} if plan else {})}
+            reading = Reading(clock=Clock(step=step), values=values, progress=(k + 1) / N, steps=N * EVERY)
+            made, state = policy.step(reading, state)
+            for proposal in made:
+                trials += proposal.reason == "try_higher"
+                target, begun = target * proposal.factor, (k + 1) * EVERY
+        good += state["factor"] > 1.01
+    return trials, good
+
+
+@pytest.mark.slow
+def test_a_ramp_does_not_make_a_trial_look_good() -> None:
+    trials, good = kept(20, plan=True)
+    assert trials >= 12
+    assert good <= 1
+    assert kept(20, plan=False)[1] > 2  # the control: with the factor taken for in force at once, the ramp does

@@ -139,13 +139,18 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
         "mode": "act", "bounds": [0.5, 2.0], "every": "2 steps", "policies": ["early"],
         "policy": {"early": {"mode": "max", "patience": 2}},  # the loss falls: its first value is the "best"
     }  # fmt: skip
-    result, found = run(
-        config(40, control=control, eval__every="4 steps", checkpoint__every="4 steps", checkpoint__keep=20)
-    )
+    early = config(40, control=control, eval__every="4 steps", checkpoint__every="4 steps", checkpoint__keep=20)
+    result, found = run(early)
     assert (result.reason, result.steps) == ("early_stop", 12)
     best, end = load_file("run/step-00000004/model.safetensors"), weights("run")
     assert all(torch.equal(best[k], end[k]) for k in best)
     assert found.of_type("end")[-1]["reason"] == "early_stop"
+    assert result.eval_loss == found.evals[0]["loss"] != found.evals[-1]["loss"]  # of the weights that are kept
+    again, found = run(early)
+    assert (again.reason, again.steps, again.eval_loss) == ("early_stop", 12, result.eval_loss)
+    assert len(found.of_type("end")) == 1
+    free = early.replace({"run.on_mismatch": "config", "control.policies": ["time"], "control.policy": {}})
+    assert run(free)[0].reason == "finished"  # the control: without the policy it goes on
 
 
 def test_a_persons_word_is_done_acknowledged_and_survives() -> None:
@@ -263,6 +268,7 @@ def test_without_a_checkpoint_too_the_ladder_comes_to_its_end(every: int) -> Non
     lost = hopeless("act", ["guard"]).replace({"checkpoint.every": "off", "control.every": f"{every} steps"})
     assert run(lost)[0].reason == "diverged"
     assert list(Path("run/control").glob("incident-*-diverged"))
+    assert not list(Path("run").glob("step-*"))  # what is lost is no place to go on from
 
 
 def test_a_guard_that_never_stops_ends_with_an_error_that_says_so() -> None:

@@ -184,7 +184,8 @@ class _Draft:
             self.asks += ["snapshot"] if why == "snapshot" and p.kind == "scale" else []  # for the next time
             return self.refuse(p, why, confidence=sure)
         factor, limited = self._factor(p, sure, groups)
-        if p.kind in ("scale", "pace") and abs(math.log(factor)) < SMALL:
+        as_it_is = p.kind == "scale" or (p.kind == "pace" and "walk" not in self.reading.values)
+        if as_it_is and abs(math.log(factor)) < SMALL:
             return self.refuse(p, limited or "small", confidence=sure, groups=groups)
         coin = self._coin() if p.judged and self.options.mode == "act" else None
         held = coin is not None and coin < self.options.holds

@@ -115,7 +115,7 @@ class RatePolicy:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("loss", "lr_sum", "headroom", "cos", "update_ratio", "trim.rate.*")
+        return ("loss", "lr_sum", "plan_sum", "headroom", "cos", "update_ratio", "trim.rate.*")
 
     def init(self) -> State:
         return {**_anew(), "factor": 1.0, "rest": 0, "failed": 0, "roomy": False, "owed": None}
@@ -141,7 +141,7 @@ class RatePolicy:
         proposal = self._higher(reading, state)
         if proposal is None:
             return (), state
-        asked = {"step": reading.step, "spent": state["points"][-1][1], "factor": self.up, "trim": _trim(reading)}
+        asked = {"step": reading.step, "factor": self.up, "trim": _trim(reading)}
         return (proposal,), {**state, "headroom": [], "asked": {**asked, "acted": False, "readings": 0}}
 
     def _broken(self, reading: Reading, state: State) -> tuple[tuple[Proposal, ...], State]:
@@ -182,7 +182,8 @@ class RatePolicy:
         again = bool(state["points"]) and reading.step <= state["points"][-1][0]
         if loss is not None and spent is not None and spent > 0 and not again:
             most = 3 * self.base if state["asked"] is None else 10**6
-            out["points"] = [*state["points"], [float(reading.step), float(spent), float(loss)]][-most:]
+            point = [float(reading.step), float(spent), float(loss), reading.get("plan_sum")]
+            out["points"] = [*state["points"], point][-most:]
         for name in ("headroom", "cos", "update_ratio"):
             value = reading.get(name)
             if value is not None:
@@ -279,7 +280,7 @@ class RatePolicy:
         factor = _applied(reading, asked)
         if factor is None or len(after) < self.trial // 2:  # it was not applied, or the loss was not measured
             return self._undone(reading, state, "trial_unmeasured", {}, state["failed"])
-        above = _compared(before, after, asked["spent"], factor)
+        above = _compared(before, after, factor)
         if above is not None and self._pays(above, after, reading):
             return (), {**_anew(), **_kept(state, factor), "points": state["points"], "failed": 0}
         worse = above is not None and above.score > self.keep and above.slope_score > 0
@@ -344,10 +345,23 @@ def _unhurried(state: State) -> bool:
     return bool(cosines and _median(cosines) >= 0.5) or bool(ratios and _median(ratios) < 1e-4)
 
 
-def _compared(before: list[list[float]], after: list[list[float]], spent: float, factor: float) -> Excess | None:
+def _compared(before: list[list[Any]], after: list[list[Any]], factor: float) -> Excess | None:
     """How the trial's losses depart from the forecast for the old rate."""
-    old = [spent + (p[1] - spent) / factor for p in after]
-    return excess([p[1] for p in before], [p[2] for p in before], old, [p[2] for p in after])
+    return excess([p[1] for p in before], [p[2] for p in before], _old(before, after, factor), [p[2] for p in after])
+
+
+def _old(before: list[list[Any]], after: list[list[Any]], factor: float) -> list[float]:
+    """S°: what was spent when the trial was asked for, and what the old rate would have spent since.
+
+    By the planned sum, times the feedback that there was; where it is not known, by the factor, as if it had been in
+    force at once: then the ramp makes S° too short, and the trial look better than it is.
+    """
+    spent, plan = before[-1][1], before[-1][3]
+    earlier = before[-2] if len(before) > 1 else before[-1]
+    if plan is None or earlier[3] is None or any(p[3] is None for p in after) or plan <= earlier[3]:
+        return [spent + (p[1] - spent) / factor for p in after]
+    feedback = (spent - earlier[1]) / (plan - earlier[3])
+    return [spent + feedback * (p[3] - plan) for p in after]
 
 
 def _median(values: Sequence[float]) -> float:

@@ -49,8 +49,10 @@ def paced(walk: Walk, end: float, at: float, factor: float, length: float) -> Wa
     if not 0 <= at < end:
         raise ConfigError(f"pace: at={at:g}; legal is 0 to the end of what is paced, {end:g}")
     here = float(place(walk, at)) if walk else float(at)
-    stop = min(at + length, end)
-    there = min(here + factor * (end - here) / (end - at) * (stop - at), end)
+    rate = factor * (end - here) / (end - at)
+    arrives = at + (end - here) / rate if rate > 0 else at  # it is there when it is there, and waits
+    stop = min(arrives, at + length, end) if arrives > at else end
+    there = min(here + rate * (stop - at), end)
     past = [knot for knot in walk if knot[0] < at]
     new = [(float(at), here), *([(stop, there)] if stop < end else []), (float(end), float(end))]
     return (*past, *new)

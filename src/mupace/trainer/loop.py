@@ -34,7 +34,7 @@ from mupace.trainer.process import seed_all, signals
 from mupace.trainer.same import refuse_another_run
 from mupace.trainer.scaling import factors_of
 from mupace.trainer.start import source_loss
-from mupace.trainer.steering import Steering
+from mupace.trainer.steering import DIVERGED, EARLY_STOP, Steering
 
 __all__ = ["Parts", "Progress", "Result", "Trainer", "describe", "optimizers_of", "prepare", "rules_of", "train"]
 
@@ -130,9 +130,13 @@ class Trainer:
         if resumed is None:
             self._start()
         self.eval_interval, self.save_interval = intervals(self.config, self.pacer.curve.horizon)
-        if resumed is not None and self._done() and self._last_numbers():
-            self.progress({"message": f"this run was finished at update {resumed}: nothing is left to do"})
-            return self._result(resumed, "finished")
+        ended = None if resumed is None else self._ended_here()
+        if (ended == "finished" and self._done()) or (
+            ended == EARLY_STOP and replan is None and self.steering.stops_early
+        ):
+            word = "finished" if ended == "finished" else "stopped early"
+            self.progress({"message": f"this run was {word} at update {resumed}: nothing is left to do"})
+            return self._result(resumed, ended)
         with self._record() as record, signals(self), self.steering:
             self._announce(record, resumed)
             self._show_start(record, resumed)
@@ -141,16 +145,16 @@ class Trainer:
                 self._loop(record)
             finally:
                 record.sync()
-            if self.lost or self.steering.ended() == "diverged":
-                self.steering.incident("lost" if self.lost else "diverged", self.sampler.state_dict())
+            if self.lost or self.steering.ended() == DIVERGED:
+                self.steering.incident("lost" if self.lost else DIVERGED, self.sampler.state_dict())
             self._refuse_lost_run()
-            self.unsaved |= self.steering.put_best(self.model)
+            restored = self._put_best_back()
             reason = self.steering.ended() or ("finished" if self._done() else str(self.stop))
-            if self.unsaved:
+            if self.unsaved and reason != DIVERGED:  # the last checkpoint stays the one from before
                 self._save(record)
             if reason == "finished":
                 self._sample(record)
-            record.write("end", step=self.pacer.clock.step, reason=reason)
+            record.write("end", step=self.pacer.clock.step, reason=reason, **restored)
         return self._result(resumed, reason)
 
     def _loop(self, record: Record) -> None:
@@ -448,16 +452,28 @@ class Trainer:
         self.journaled += len(new)
         return bool(new)
 
-    def _last_numbers(self) -> bool:
-        """Take the last loss and evaluation from the record; True if it also says that the run was finished here."""
+    def _put_best_back(self) -> dict[str, Any]:
+        """After an early stop: the best weights, and what they come to, for the record."""
+        if not self.steering.put_best(self.model):
+            return {}
+        mean, bits, _ = self.compute.evaluate()
+        self.last_eval, self.unsaved = (mean, bits), True
+        self.progress({"message": f"the best weights are back: validation loss {mean:.4f}"})
+        return {"loss": mean, "bits_per_byte": bits}
+
+    def _ended_here(self) -> str | None:
+        """Why the run ended where it stands, by its record, with its last loss and evaluation; None where it did not."""
         try:
             run = read(self.directory)
         except StateError:
-            return False
-        self.last_loss = float(run.updates["loss"][-1]) if "loss" in run.updates else None
-        self.last_eval = (run.evals[-1]["loss"], run.evals[-1]["bits_per_byte"]) if run.evals else None
+            return None
         ends = run.of_type("end")
-        return bool(ends) and (ends[-1]["reason"], ends[-1]["step"]) == ("finished", self.pacer.clock.step)
+        if not ends or ends[-1]["step"] != self.pacer.clock.step:
+            return None
+        self.last_loss = float(run.updates["loss"][-1]) if "loss" in run.updates else None
+        last = ends[-1] if "loss" in ends[-1] else run.evals[-1] if run.evals else None
+        self.last_eval = None if last is None else (last["loss"], last["bits_per_byte"])
+        return str(ends[-1]["reason"])
 
     def _result(self, resumed: int | None, reason: str) -> Result:
         loss, bits = self.last_eval or (None, None)

@@ -25,8 +25,9 @@ from mupace.weighting import Composition
 
 BEST = "best"
 AVERAGED = "averaged"
+DIVERGED, EARLY_STOP = "diverged", "early_stop"
 RUNGS = 4  # readings that the ladder of the guard may be late, of 16 lost updates on end each
-ENDS = {"early": "early_stop", "guard": "diverged"}
+ENDS = {"early": EARLY_STOP, "guard": DIVERGED}
 """Policy that stops a run to the reason that the run then has; a person's command is \"stopped\"."""
 
 
@@ -174,12 +175,18 @@ class Steering:
         """Why the controller has ended the run, None where it has not."""
         return self._end
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether a run that was stopped early stays so."""
+        section = self.parts.config.control
+        return section is not None and section.mode == "act" and "early" in section.policies
+
     def put_best(self, model: Any) -> bool:
         """Put the best weights back at an early stop that wants them; whether that was done."""
         section = self.parts.config.control
         best = self.directory / BEST
         wanted = section is not None and section.policy.get("early", {}).get("restore_best", True)
-        if self._end == "early_stop" and wanted and best.is_dir():
+        if self._end == EARLY_STOP and wanted and best.is_dir():
             checkpoint.put_weights(best, model)
             return True
         return False
