@@ -344,3 +344,24 @@ def test_bad_options(options: dict[str, Any], says: str) -> None:
 def test_a_negative_norm_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"grad_norm=-1\.0"):
         GuardPolicy().admit(GuardPolicy().init(), 0, 1.0, -1.0)
+
+
+@pytest.mark.parametrize(("steps", "held"), [(300, 9), (100_000, 100), (0, 100)])
+def test_a_back_off_takes_no_more_than_its_share_of_a_run(steps: int, held: int) -> None:
+    policy = GuardPolicy()
+    state, said = policy.init(), []
+    values = [*noise(100), SPIKE, SPIKE, *noise(250, seed=1)]
+    trim, acted = 1.0, False
+    for i, (loss, norm) in enumerate(values, start=1):
+        _, _, state = policy.admit(state, i, loss, norm)
+        events = ("acted:guard",) if acted else ()
+        made, state = policy.step(
+            Reading(clock=Clock(step=i), values={"trim.guard.all": trim}, events=events, steps=steps), state
+        )
+        acted = bool(made)
+        for proposal in made:
+            said.append((i, proposal))
+            trim *= proposal.factor
+    assert [p.reason for _, p in said] == ["guard_back_off", "guard_rewarm"]
+    assert said[1][0] - said[0][0] == held
+    assert said[1][1].ramp == held

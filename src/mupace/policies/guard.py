@@ -39,9 +39,9 @@ class GuardPolicy:
 
     1. *Skip*: the update is not applied (`admit`). After `patience` finite ones within `window` updates their values
        become the new ring: a change of level is not left out for ever. A value that is not finite is never admitted.
-    2. *Back off*: at `skips` skips within `window`, all rates ×`backoff` at once; after `hold` updates without trouble
-       they return over `hold` more. In a run of heavy-tailed noise it takes more skips: as many as have a probability
-       below 1e-3 at the rate of its single skips, once there were 8 of those.
+    2. *Back off*: at `skips` skips within `window`, all rates ×`backoff` at once; after `hold` updates without trouble,
+       or `share` of the run where that is less, they return over as many more. In a run of heavy-tailed noise it takes
+       more skips: as many as have a probability below 1e-3 at the rate of its single skips, once there were 8 of those.
     3. *Roll back* to the last good snapshot and leave out the updates that led here (evidence `first` to `last`), when
        the same happens again while backed off, when the loss stays more than 2 deviations above its level from before,
        or at `patience` non-finite values on end; then, once the reading says `rollback`, all rates ×`after`.
@@ -66,7 +66,8 @@ class GuardPolicy:
         ring, known: values remembered; values needed for a judgement.
         skips, window: how many skips within how many updates lead to the next rung.
         patience: finite outliers in `window`, or non-finite values on end, that are left out and no more.
-        backoff, hold: factor, and updates for which it holds.
+        backoff, hold, share: factor, and updates for which it holds, at most this share of the run: in a run of 300
+            updates a back-off of 100 cost more than the five spoilt batches that it answered (benchmarks/closed_loop).
         after: factor after a rollback.
         max_rollbacks: rollbacks before the stop.
         calm: updates past the last trouble after which all is forgiven.
@@ -83,6 +84,7 @@ class GuardPolicy:
     patience: int = 16
     backoff: float = 0.5
     hold: int = 100
+    share: float = 0.03
     after: float = 0.7
     max_rollbacks: int = 2
     calm: int = 2000
@@ -98,6 +100,7 @@ class GuardPolicy:
         legal("guard backoff", self.backoff, 0 < self.backoff < 1, "a factor in (0, 1)")
         legal("guard after", self.after, 0 < self.after <= 1, "a factor in (0, 1]")
         legal("guard hold", self.hold, self.hold >= 1, "at least 1 update")
+        legal("guard share", self.share, 0 < self.share <= 1, "a share of the run, above 0")
         legal("guard max_rollbacks", self.max_rollbacks, self.max_rollbacks >= 0, "at least 0")
         legal("guard calm", self.calm, self.calm >= 1, "at least 1 update")
 
@@ -276,10 +279,14 @@ class GuardPolicy:
 
     def _back_off(self, reading: Reading, state: State, evidence: Mapping[str, float]) -> tuple[Proposal, ...]:
         goals = {"": 1.0, **trims_of(reading, self.name)}
-        at = state["budget"]["tried"]
-        state["backoff"] = {"at": at, "next": at + self.hold, "goals": goals, "level": state["level"], "acted": False}
-        text = f"{self.skips} skips in {self.window} updates: all rates x {self.backoff:g} for {self.hold}"
+        at, hold = state["budget"]["tried"], self._held(reading)
+        state["backoff"] = {"at": at, "next": at + hold, "goals": goals, "level": state["level"], "acted": False}
+        text = f"{self.skips} skips in {self.window} updates: all rates x {self.backoff:g} for {hold}"
         return (self._say("scale", "back_off", text, evidence, factor=self.backoff, ramp=1),)
+
+    def _held(self, reading: Reading) -> int:
+        """Updates for which a back-off holds in this run."""
+        return min(self.hold, max(1, round(self.share * reading.steps))) if reading.steps else self.hold
 
     def _return(self, reading: Reading, state: State) -> tuple[Proposal, ...]:
         """Back to where the rates were, as far as the reading says that they were moved; in several steps if cut."""
@@ -293,10 +300,11 @@ class GuardPolicy:
         left = [(t, f) for t, f in way_back(now, backoff["goals"]) if f > 1]
         if not now and backoff["acted"]:  # once: what came of it is not known
             left = [("all", 1 / self.backoff)]
-        state["backoff"] = {**backoff, "next": tried + self.hold} if left and now else None
+        hold = self._held(reading)
+        state["backoff"] = {**backoff, "next": tried + hold} if left and now else None
         evidence = {"updates": float(tried - backoff["at"])}
-        text = f"no trouble for {self.hold} updates: back over {self.hold}"
-        return tuple(self._say("scale", "rewarm", text, evidence, target=t, factor=f, ramp=self.hold) for t, f in left)
+        text = f"no trouble for {hold} updates: back over {hold}"
+        return tuple(self._say("scale", "rewarm", text, evidence, target=t, factor=f, ramp=hold) for t, f in left)
 
     def _say(
         self,

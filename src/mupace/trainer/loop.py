@@ -462,18 +462,18 @@ class Trainer:
         return {"loss": mean, "bits_per_byte": bits}
 
     def _ended_here(self) -> str | None:
-        """Why the run ended where it stands, by its record, with its last loss and evaluation; None where it did not."""
+        """Why the run ended where it stands, by its record, None where it did not; takes its last numbers from there."""
         try:
             run = read(self.directory)
         except StateError:
             return None
-        ends = run.of_type("end")
-        if not ends or ends[-1]["step"] != self.pacer.clock.step:
+        ends = [row for row in run.of_type("end") if row["step"] == self.pacer.clock.step]
+        if not ends and not self._done():
             return None
         self.last_loss = float(run.updates["loss"][-1]) if "loss" in run.updates else None
-        last = ends[-1] if "loss" in ends[-1] else run.evals[-1] if run.evals else None
+        last = next((row for row in (*ends[-1:], *run.evals[-1:]) if "loss" in row), None)
         self.last_eval = None if last is None else (last["loss"], last["bits_per_byte"])
-        return str(ends[-1]["reason"])
+        return str(ends[-1]["reason"]) if ends else None
 
     def _result(self, resumed: int | None, reason: str) -> Result:
         loss, bits = self.last_eval or (None, None)
