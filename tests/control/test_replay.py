@@ -21,7 +21,7 @@ from mupace.control.chain import Chain
 from mupace.control.decisions import Decision
 from mupace.control.rerun import explain, replay, what_if
 from mupace.control.show import screen
-from mupace.errors import CheckpointError, ConfigError
+from mupace.errors import CheckpointError, ConfigError, StateError
 from mupace.policies import Reading
 from mupace.units import Clock
 
@@ -150,6 +150,8 @@ def test_what_if_with_the_same_policies_is_the_identity(tmp_path: Path) -> None:
     assert other.error > 0
     assert "counterfactual estimate" in str(other)
     assert "open loop" in str(other)
+    with pytest.raises(ConfigError, match="'steady' is given twice"):
+        what_if(tmp_path, policies=[{"name": "steady"}, {"name": "steady"}])
     free = what_if(tmp_path, options={"holds": 0.0})
     assert not any(o.what == "held" for d in free.made for o in d.outcomes)
 
@@ -220,3 +222,17 @@ def test_explain_reads_the_run_before_its_roles() -> None:
     for words in ("loss 2.5", "eval.loss 2.25", "headroom 3.5"):
         assert words in text
     assert "…" in text
+
+
+def test_a_log_that_was_cut_in_its_first_row_is_that_of_the_run_that_came_after(tmp_path: Path) -> None:
+    log = tmp_path / "control" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text("")
+    with pytest.raises(StateError, match="does not begin with what a controller is"):
+        replay(tmp_path)
+    log.write_text('{"curve":')
+    Run(policies=[Follower()], directory=tmp_path, mode="act", bounds=(0.5, 2.0)).to(60)
+    assert rows(tmp_path)[0]["type"] == "repaired"
+    again = replay(tmp_path)
+    assert again.same
+    assert again.readings == 6

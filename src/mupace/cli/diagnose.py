@@ -13,11 +13,11 @@ def diagnose(run: GivenPath, /, *, incident: bool = False) -> int:
     run
         Directory of the run, or its control/log.jsonl.
     incident
-        Write a bundle of the last readings, decisions and findings into the run's directory, to hand to somebody.
+        Write a bundle of the last readings, decisions and findings beside the log, to hand to somebody.
     """
     from mupace.control.diagnosis import diagnose as found_in
     from mupace.control.incident import write_incident
-    from mupace.control.rerun import readings_of
+    from mupace.control.rerun import log_of, readings_of
 
     readings, decisions = readings_of(run)
     findings = found_in(readings)
@@ -26,6 +26,5 @@ def diagnose(run: GivenPath, /, *, incident: bool = False) -> int:
     if not findings:
         print(f"no symptom in {len(readings)} readings")
     if incident:
-        place = run if run.is_dir() else run.parent
-        print(write_incident(place, readings=readings, decisions=decisions, reason="asked_for"))
+        print(write_incident(log_of(run).parent, readings=readings, decisions=decisions, reason="asked_for"))
     return 1 if findings else 0

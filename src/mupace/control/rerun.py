@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mupace.control.decisions import Decision, Write
 from mupace.control.engine import Engine
 from mupace.control.limits import total
 from mupace.control.options import Options
+from mupace.control.refusals import refuse_twins
 from mupace.control.state import merged
 from mupace.errors import CheckpointError, ConfigError, StateError
 from mupace.policies import Reading, State, policy_of
@@ -180,12 +182,13 @@ class _Walk:
     """Every reading, and Σ of rates as the decisions made here would have it."""
 
     def __post_init__(self) -> None:
+        self.rows = list(dropwhile(lambda row: row["type"] == "repaired", self.rows))  # killed in its first write
+        if not self.rows or self.rows[0]["type"] != "open":
+            raise StateError("the log does not begin with what a controller is; legal is the log of a run")
         self.recorded, self.torn = _by_reading(self.rows), _torn(self.rows)
         taken_up = [row["from"] for row in self.rows if row["type"] in ("resume", "rollback")]
         seqs = [row["seq"] for row in self.rows if row["type"] == "reading"]
         self.needed = {max((s for s in seqs if s <= at), default=0) for at in taken_up}
-        if not self.rows or self.rows[0]["type"] != "open":
-            raise StateError("the log does not begin with what a controller is; legal is the log of a run")
         self._begin(self.rows[0])
 
     def _begin(self, row: Mapping[str, Any]) -> None:
@@ -205,6 +208,7 @@ class _Walk:
         options = Options.from_dict({**row["options"], **(self.options or {})})
         given = row["policies"] if self.policies is None else self.policies
         policies = tuple(policy_of(p["name"], {k: v for k, v in p.items() if k != "name"}) for p in given)
+        refuse_twins(policies)
         return Engine(options, policies, row["groups"])
 
     def __iter__(self) -> Iterator[tuple[int, Decision | None]]:

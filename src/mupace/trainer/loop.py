@@ -462,7 +462,7 @@ class Trainer:
         return {"loss": mean, "bits_per_byte": bits}
 
     def _ended_here(self) -> str | None:
-        """Why the run ended where it stands, by its record, None where it did not; takes its last numbers from there."""
+        """Why the run ended where it stands, by its record, None where it did not; its last numbers are taken too."""
         try:
             run = read(self.directory)
         except StateError:
