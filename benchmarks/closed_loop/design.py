@@ -105,6 +105,16 @@ def tuning(*tasks: str) -> Callable[[Rows], Iterator[Job]]:
     return jobs
 
 
+REPLICATION, AGAIN = range(201, 206), ("wsd", "averaged", "ours_wsd")
+"""Fresh seeds for what was found by looking."""
+
+
+def replication(rows: Rows) -> Iterator[Job]:
+    for seed in REPLICATION:
+        for arm in AGAIN:
+            yield from (Job(task="source", arm=arm, seed=seed, factor=f) for f in FACTORS)
+
+
 def confirming(
     task: str, arms: Iterable[str], n: int, factors: Iterable[float] = FACTORS
 ) -> Callable[[Rows], Iterator[Job]]:
@@ -150,6 +160,7 @@ STAGES: dict[str, Callable[[Rows], Iterator[Job]]] = {
     "ours_wsd": confirming("source", ("ours_wsd",), SEEDS["source"]),
     "as_shipped": confirming("source", ("as_shipped",), SEEDS["other"], WIDE),
     "source_others": confirming("source", BASELINES, SEEDS["source"]),
+    "replication": replication,
     "source_core": confirming("source", CORE, SEEDS["core"]),
     "at_one_core": confirming("source", CORE, SEEDS["at_one"], (1.0,)),
     "shift_all": confirming("shift", SOME, SEEDS["other"], WIDE),
