@@ -15,9 +15,9 @@ demo: $(V)/.run  ## train a small Transformer on real text, kill it, resume it, 
 test: $(V)/.dev  ## the default test suite, a file at a time in each of two processes of one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(V)/.dev  ## the slow tests, two files at a time, then those that start several processes
+test-slow: $(V)/.dev  ## the slow tests, then those that start several processes, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not dist and not gpu" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "dist and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "dist and not gpu" -n 2 --dist loadfile
 
 lint: $(V)/.dev  ## format, lint, types
 	$(BIN)/ruff format --check src tests benchmarks
