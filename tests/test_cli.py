@@ -362,7 +362,7 @@ def test_a_csv_is_written_whole_or_not_at_all(place: Path, capsys: pytest.Captur
 
 QUICK = [
     "eval.every=20 steps", "checkpoint.every=8 steps", "data.cache=CACHE", "data.seq_len=32", "eval.blocks=2",
-    "eval.sample_tokens=8", "run.threads=1",
+    "eval.sample_tokens=8", "run.threads=1", 'control.policies=["guard", "rate"]',
 ]  # fmt: skip
 
 
@@ -462,6 +462,7 @@ def test_demo_kills_itself_and_finishes(place: Path) -> None:
     quick = [
         "schedule.total=40 steps", "eval.every=20 steps", "checkpoint.every=8 steps", f"data.cache={place / 'cache'}",
         "data.seq_len=32", "eval.blocks=2", "eval.sample_tokens=8", "run.threads=1",
+        'control.policies=["guard", "rate"]',  # "time" needs more evaluations than this
     ]  # fmt: skip
     arguments = [word for text in quick for word in ("--set", text)]
     done = process("demo", "--text", str(place / "text.txt"), *arguments, cwd=place)

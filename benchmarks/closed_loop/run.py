@@ -1,7 +1,7 @@
 """Runs the stages of design.py and appends one row a run; what is there already is not run again.
 
-    python benchmarks/closed_loop/run.py                        # every stage, about two hours on one core
-    python benchmarks/closed_loop/run.py tune source --until 21:25
+    python benchmarks/closed_loop/run.py                        # every stage, hours on one core
+    python benchmarks/closed_loop/run.py tune source --until 18:30
     python benchmarks/closed_loop/run.py tune --share 1/2       # beside another process that has 2/2
     python benchmarks/closed_loop/analyse.py                    # what the rows say
 
