@@ -405,7 +405,7 @@ def test_a_demo_in_epochs(place: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert steps > 2
     folders = {"proxy", "grown", *(p.name for p in Path().glob("step-*"))}
     assert {p.name for p in Path().iterdir()} == {
-        *folders, "demo.toml", "proxy.toml", "grown.toml", "record.rank0.jsonl", "report.html"
+        *folders, "control", "demo.toml", "proxy.toml", "grown.toml", "record.rank0.jsonl", "report.html"
     }  # fmt: skip
 
 
