@@ -194,6 +194,16 @@ def test_a_pace_is_refused_where_it_would_move_what_is_locked_or_leads_to_the_bo
     assert decision.pace == (1.5, 100)  # no action is larger than `change`
 
 
+def test_back_to_the_planned_pace_is_an_action_only_where_the_curve_is_walked() -> None:
+    made = engine(Steady(every=1, factor=1.0, kind="pace", judged=False), **EVERY)
+    _, decision = made.decide(made.init(), reading(10, walk=1.2))
+    assert decision is not None
+    assert decision.pace == (1.0, 100)
+    _, decision = made.decide(made.init(), reading(10))  # the control: nothing to go back from
+    assert decision is not None
+    assert (decision.pace, decision.outcomes[0].why) == (None, "small")
+
+
 def test_a_target_that_nothing_has_is_refused() -> None:
     made = engine(Steady(every=1, target="neck"), **EVERY)
     assert whys(walk(made, 1)[1]) == {"no_group"}

@@ -171,6 +171,8 @@ def test_loud_a_plateau_with_headroom_and_time_jumps() -> None:
     assert (jumps[0].factor, jumps[0].reason) == (1.5, "plateau_jump")
     assert jumps[0].needs == ("headroom", "payback", "snapshot")
     assert jumps[0].evidence["gain"] >= 2 * jumps[0].evidence["cost"]
+    at = next(k for k, p in found if p is jumps[0])
+    assert 0 < jumps[0].evidence["payback"] <= (N - at) * EVERY / 2  # what the arbiter compares with what is left
 
 
 def test_what_a_jump_gains_and_costs_is_what_the_formula_says() -> None:

@@ -94,6 +94,17 @@ def test_a_walked_run_is_extended_and_branched() -> None:
     assert cooled(79.0) > 0
 
 
+def test_a_curve_that_arrives_early_waits_there() -> None:
+    plain = curve_of("warmup 5% | linear -> 0.2")
+    walked = plain.paced(20.0, 5.0, 60.0)  # it would be there after 16 of the 60
+    assert walked(28.0) == pytest.approx(plain(60.0), rel=1e-12)  # at five times the pace, not at what would take 60
+    assert walked(36.0) == pytest.approx(0.2, rel=1e-12)
+    assert walked(35.0) > 0.2
+    assert {walked(x) for x in (40.0, 70.0, 99.0, 100.0)} == {plain.final}
+    again = walked.paced(50.0, 0.5, 10.0)  # there is nothing left to walk
+    assert again(70.0) == plain.final
+
+
 @pytest.mark.parametrize(
     ("given_", "message"),
     [

@@ -23,6 +23,7 @@ from mupace.migrate.calibrate import Calibration
 from mupace.migrate.resume import restore
 from mupace.pacer import Pacer
 from mupace.record import Record, TensorBoardSink, read, record_file
+from mupace.telemetry import Background
 from mupace.trainer import checkpoint
 from mupace.trainer.calibration import calibrated
 from mupace.trainer.compute import Compute
@@ -424,7 +425,7 @@ class Trainer:
             self.seconds = float(state["seconds"])
 
     def _record(self) -> Record:
-        sinks = [TensorBoardSink(self.directory / "tensorboard")] if self.config.run.tensorboard else []
+        sinks = [Background(TensorBoardSink(self.directory / "tensorboard"))] if self.config.run.tensorboard else []
         return Record(record_file(self.directory), sinks=sinks)
 
     def _announce(self, record: Record, resumed: int | None) -> None:
